@@ -1,9 +1,9 @@
 """The rules of the attention window, followed literally: an independent second opinion for the tests.
 
-Nothing here uses `longlive_rag_ops`, and nothing is clever. Every frame's keys and values are kept for ever, without any
-rotation, in float64; the window of a block is worked out afresh as plain lists of frame numbers; keys are rotated when
-they are attended; attention is a plain softmax over their concatenation. Read it as documentation of what the package
-must compute.
+Nothing here uses `longlive_rag_ops`, and nothing is clever. Every frame's keys and values are kept for ever, without
+any rotation, in float64; the window of a block is worked out afresh as plain lists of frame numbers; keys are rotated
+when they are attended; attention is a plain softmax over their concatenation. Read it as documentation of what the
+package must compute.
 
 A block of `n` latent frames starts at frame `t`. Window `W`, sink `S`, top-k `K` and recency guard `R` count frames.
 """
@@ -21,12 +21,13 @@ THETA = 10000.0
 
 @dataclass(frozen=True)
 class Rules:
-    """`W`, `S`, `K` and `R`, all in latent frames."""
+    """`W`, `S`, `K` and `R`, all in latent frames, and the rule of temporal positions."""
 
     window: int
     sink: int
     top_k: int
     recent_exclude: int
+    position_rule: str = "slot"
 
     @property
     def local(self) -> int:
@@ -51,13 +52,19 @@ class Rules:
         return frames[max(0, len(frames) - self.local) :]
 
     def position(self, frame: int, start: int, n: int) -> int:
-        """Temporal position of a sink, local or own frame (rule `slot`). Retrieved frames all sit at 0."""
+        """Temporal position of a sink, local or own frame."""
+        if self.position_rule == "absolute":
+            return frame
         if start + n <= self.window:
             return frame
         if frame < self.sink:
             return frame
         newest = start + n - 1
         return self.window - 1 - (newest - frame)
+
+    def memory_position(self, frame: int) -> int:
+        """Temporal position of a retrieved frame."""
+        return frame if self.position_rule == "absolute" else 0
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -103,7 +110,8 @@ def rotate(page: Tensor, time: int, grid: tuple[int, int]) -> Tensor:
     h, w = grid
     token = torch.arange(h * w)
     out, first = [], 0
-    for position, channels in zip((torch.full_like(token, time), token // w, token % w), rotary_split(page.shape[-1])):
+    positions = (torch.full_like(token, time), token // w, token % w)
+    for position, channels in zip(positions, rotary_split(page.shape[-1]), strict=True):
         frequency = THETA ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
         angle = (position[:, None] * frequency)[:, None, :]  # (tokens, 1, channels / 2)
         even = page[..., first : first + channels : 2]
@@ -187,9 +195,9 @@ class Simulator:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """One forward of one layer of the current block.
 
-        q `(samples, n * h * w, heads, d)`, k and v `(samples, n * h * w, kv_heads, d)`, before any rotation. The block's
-        pages are overwritten first. Returns the output, shaped as q, and the log-sum-exp `(samples, heads, n * h * w)`,
-        both float64.
+        q `(samples, n * h * w, heads, d)`, k and v `(samples, n * h * w, kv_heads, d)`, before any rotation. The
+        block's pages are overwritten first. Returns the output, shaped as q, and the log-sum-exp
+        `(samples, heads, n * h * w)`, both float64.
         """
         t, tokens = self.frames, grid[0] * grid[1]
         n = q.shape[1] // tokens
@@ -200,7 +208,8 @@ class Simulator:
                 rows = slice(i * tokens, (i + 1) * tokens)
                 self.pages[layer, sample, t + i] = (k[sample, rows].double(), v[sample, rows].double())
             sink, local, memory = self.parts(sample, n)
-            where = [(f, self.rules.position(f, t, n)) for f in sink + local] + [(f, 0) for f in memory]
+            where = [(f, self.rules.position(f, t, n)) for f in sink + local]
+            where += [(f, self.rules.memory_position(f)) for f in memory]
             keys = torch.cat([rotate(self.pages[layer, sample, f][0], position, grid) for f, position in where])
             values = torch.cat([self.pages[layer, sample, f][1] for f, _ in where])
             own = q[sample].double().split(tokens)
