@@ -109,7 +109,6 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DLONGLIVE_VERSION={self.distribution.get_version()}",
-            f"-DLONGLIVE_OUTPUT_DIR={target.parent}",
         ]
         if nvcc is not None:
             archs = os.environ.get("LONGLIVE_CUDA_ARCHS", "").strip() or DEFAULT_ARCHS
@@ -121,13 +120,13 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_CUDA_ARCHITECTURES={archs}",
             ]
             if self.configure(cmake, build.with_name("cmake-cuda"), [*common, *cuda], must=wanted == "1"):
-                self.build_target(cmake, build.with_name("cmake-cuda"))
+                self.build_target(cmake, build.with_name("cmake-cuda"), target)
                 return
             reason = f"{nvcc} cannot compile for {archs} (build with LONGLIVE_BUILD_CUDA=1 to see why)"
         say(f"building without CUDA sources: {reason}")
         plain = ["-DLONGLIVE_CUDA=OFF", f"-DLONGLIVE_CUDA_REASON={reason}"]
         self.configure(cmake, build, [*common, *plain], must=True)
-        self.build_target(cmake, build)
+        self.build_target(cmake, build, target)
 
     def configure(self, cmake: str, build: Path, options: list[str], must: bool) -> bool:
         """Runs CMake's configure step; False when it fails and ``must`` is not set."""
@@ -145,11 +144,14 @@ class CMakeBuild(build_ext):
         shutil.rmtree(build)
         return False
 
-    def build_target(self, cmake: str, build: Path) -> None:
+    def build_target(self, cmake: str, build: Path, target: Path) -> None:
         done = subprocess.run([cmake, "--build", str(build), "--target", "_C"])
         if done.returncode != 0:
             hint = "; LONGLIVE_BUILD_CUDA=0 leaves CUDA out" if build.name == "cmake-cuda" else ""
             raise BuildError(f"the compiler failed (exit status {done.returncode}, see above){hint}")
+        # Copied, not built in place: with one output for several build folders, Ninja would take another one's for its own.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / target.name, target)
 
 
 setup(
