@@ -1,0 +1,138 @@
+"""`retrieve_attend` as a sequence of the other ops, written once for every engine that has no fused form of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from .assignment import FRAME, POSITION, SOURCE, STAGED, advance_window, occupied_slots
+from .config import candidate_end, window_slot
+
+
+def retrieve_attend(
+    engine: ModuleType,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool_layer: torch.Tensor,
+    staging: torch.Tensor,
+    window_state: torch.Tensor,
+    index: torch.Tensor,
+    index_ids: torch.Tensor,
+    index_length: torch.Tensor,
+    frame_slot: torch.Tensor,
+    start_frame: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+    grid: Sequence[int],
+    sink: int,
+    top_k: int,
+    recent_exclude: int,
+    select: bool,
+    place: bool,
+    count: int | None = None,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    position_rule: str = "slot",
+    index_normalized: bool = False,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select (once a block), place (once a block and layer), write, attend; ``engine`` gives the single steps."""
+    start, window = int(start_frame), window_state.shape[2]
+    local = window - sink - top_k
+    frames = q.shape[1] // pool_layer.shape[3]
+    block = range(start, start + frames)
+    if select:
+        chosen = choose_frames(
+            engine, index, index_ids, index_length, start, window, sink, top_k, recent_exclude, index_normalized
+        )
+        window_state.copy_(
+            advance_window(
+                window_state,
+                chosen,
+                frame_slot,
+                start,
+                frames,
+                sink=sink,
+                top_k=top_k,
+                staging_rows=staging.shape[1],
+                position_rule=position_rule,
+            )
+        )
+    slots = [window_slot(frame, sink, local) for frame in block]
+    held = window_state[0, FRAME, slots].tolist()
+    if held != list(block):
+        raise RuntimeError(
+            f"window_state must hold the block's frames {list(block)} (start_frame {start}), got {held}: pass "
+            "select=True on one call a block, before any other"
+        )
+    if place:
+        place_window(engine, pool_layer, staging, window_state, rope, rope_split)
+    rotated = engine.write_frames(
+        q,
+        k,
+        v,
+        pool_layer,
+        staging,
+        torch.tensor(slots, device=q.device),
+        torch.tensor([frame % staging.shape[1] for frame in block], device=q.device),
+        window_state[0, POSITION, slots],
+        rope,
+        rope_split,
+        grid,
+        q_weight,
+        k_weight,
+        eps,
+    )
+    table = occupied_slots(window_state) if count is None else None
+    out, lse = engine.window_attend(rotated, pool_layer, table, count, scale, return_lse)
+    return out, lse
+
+
+def choose_frames(
+    engine: ModuleType,
+    index: torch.Tensor,
+    index_ids: torch.Tensor,
+    index_length: torch.Tensor,
+    start: int,
+    window: int,
+    sink: int,
+    top_k: int,
+    recent_exclude: int,
+    normalized: bool,
+) -> torch.Tensor:
+    """Frames to retrieve for the block starting at ``start``, ``(B, K)`` int64, most similar first, -1 for none.
+
+    The query is the embedding of frame ``start - 1``, found by its id. A sample without one (the first block, a
+    non-finite embedding) retrieves nothing.
+    """
+    samples = index.shape[0]
+    end = candidate_end(start, window, sink)
+    if top_k == 0 or end - recent_exclude <= sink:
+        return torch.full((samples, top_k), -1, dtype=torch.int64, device=index.device)
+    rows = torch.arange(index.shape[1], device=index.device) < index_length
+    newest = (index_ids == start - 1) & rows  # (B, N), at most one row a sample
+    query = torch.where(newest.any(1, keepdim=True), index[torch.arange(samples), newest.int().argmax(1)], torch.nan)
+    ids, _ = engine.topk_retrieve(
+        query, index, index_ids, index_length, index_ids.new_tensor(end), top_k, sink, recent_exclude, None, normalized
+    )
+    return ids
+
+
+def place_window(
+    engine: ModuleType,
+    pool_layer: torch.Tensor,
+    staging: torch.Tensor,
+    window_state: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+) -> None:
+    """Carries out the placement plan of ``window_state`` in one layer."""
+    numbers = torch.arange(window_state.shape[2], device=window_state.device).expand_as(window_state[:, FRAME])
+    position = window_state[:, POSITION]
+    engine.place_frames(pool_layer, numbers, window_state[:, SOURCE], position, rope, rope_split)
+    engine.place_frames(pool_layer, numbers, window_state[:, STAGED], position, rope, rope_split, staging)

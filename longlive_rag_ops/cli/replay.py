@@ -1,0 +1,60 @@
+"""``longlive-rag replay``: drives recorded attention traces through the public ops and compares."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..replay import BlockResult
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "replay",
+        help="replay a recorded attention trace and compare",
+        description="Prints, per block, the frames chosen, whether they equal the recorded ones, and the largest error "
+        "of the outputs relative to their root mean square. Exits 1 when a choice differs or an error exceeds 2e-5.",
+    )
+    parser.add_argument("traces", nargs="+", metavar="TRACE.safetensors", help="recorded traces")
+    parser.add_argument("--engine", default="auto", help="auto, reference, dense or triton (default: auto)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replays each trace; 0 when all agree, 1 otherwise."""
+    import torch
+
+    from ..engines import check_engine
+    from ..replay import replay
+    from ..traces import load_trace
+
+    check_engine(args.engine)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: torch finds no CUDA device on this machine; allowed here: cpu")
+    failed = 0
+    for path in args.traces:
+        trace = load_trace(path)
+        print(f"{path}: {trace.config['blocks']} blocks, engine {args.engine}, device {args.device}")
+        results = []
+        for result in replay(trace, args.engine, args.device):
+            print(_line(result))
+            results.append(result)
+        wrong = sum(not result.passed for result in results)
+        worst = max((result.error for result in results), default=0.0)
+        verdict = "agrees with the recording" if not wrong else f"{wrong} of {len(results)} blocks DIFFER"
+        print(f"  {verdict}; largest error {worst:.1e} of the output's root mean square (allowed 2e-05)")
+        failed += wrong > 0
+    return 1 if failed else 0
+
+
+def _line(result: BlockResult) -> str:
+    samples = " | ".join(" ".join(map(str, frames)) or "-" for frames in result.chosen)
+    verdict = "same" if result.same_choice else f"DIFFERS, recorded {result.recorded}"
+    mark = "" if result.passed else "  <- fails"
+    return (
+        f"  block {result.block:3d}  start {result.start_frame:4d}  chosen {samples:<24}  {verdict}  "
+        f"error {result.error:.1e}{mark}"
+    )

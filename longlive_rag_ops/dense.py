@@ -1,0 +1,238 @@
+"""The dense engine: complex multiplication for rotation, a matrix product for the search, dense attention over the window run.
+
+Same functions and arguments as `reference`, which they are tested against. On a CPU the attention is PyTorch's
+flash kernel, which reads the contiguous run of window slots in place.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import chain, reference
+from .reference import lse_dtype, merge_attention, row_scores, unit_rows
+
+__all__ = ["merge_attention", "place_frames", "retrieve_attend", "topk_retrieve", "window_attend", "write_frames"]
+
+
+def topk_retrieve(
+    query: torch.Tensor,
+    index: torch.Tensor,
+    index_ids: torch.Tensor,
+    index_length: torch.Tensor,
+    end_frame: torch.Tensor,
+    k: int,
+    first_frame: int = 0,
+    recent_exclude: int = 0,
+    exclude: torch.Tensor | None = None,
+    normalized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix product ranks all rows; the few that rounding could move into the best k are scored again exactly."""
+    samples, embedding = query.shape
+    dtype = lse_dtype(query.dtype)
+    ids = torch.full((samples, k), reference.NO_FRAME, dtype=torch.int64, device=query.device)
+    scores = torch.full((samples, k), -math.inf, dtype=dtype, device=query.device)
+    length, end = int(index_length), int(end_frame) - recent_exclude
+    # Two unit vectors' product, summed in any order, is off by at most about E * eps (Higham, 2002, eq. 3.5);
+    # the exact and the fast score may both be, in opposite directions, for the k-th row and for a contender.
+    slack = 4 * embedding * torch.finfo(dtype).eps
+    for b in range(samples):
+        frames = index_ids[b, :length]
+        allowed = (frames >= max(first_frame, 0)) & (frames < end)
+        if exclude is not None:
+            allowed &= ~torch.isin(frames, exclude[b])
+        rows = index[b, :length].to(dtype) if normalized else unit_rows(index[b, :length])
+        unit_query = unit_rows(query[b])
+        rough = torch.mv(rows, unit_query)
+        rough = torch.where(allowed & rough.isfinite(), rough, -math.inf)
+        best = min(k, int((rough > -math.inf).sum()))
+        if best == 0:
+            continue
+        contenders = (rough >= rough.topk(best).values[-1] - slack).nonzero().flatten()
+        exact, frames = row_scores(unit_query, rows.index_select(0, contenders)), frames[contenders]
+        older_first = frames.argsort()
+        ranked = older_first[exact[older_first].argsort(descending=True, stable=True)][:best]
+        ids[b, :best], scores[b, :best] = frames[ranked], exact[ranked]
+    return ids, scores
+
+
+def write_frames(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool_layer: torch.Tensor,
+    staging: torch.Tensor,
+    slots: torch.Tensor,
+    staging_rows: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+    grid: Sequence[int],
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Each key is read once and its products are written straight into the pool and the staging buffer."""
+    compute = lse_dtype(q.dtype)
+    table = torch.view_as_complex(rope.to(compute))
+    temporal, spatial = _phases(table, rope_split, grid, positions)
+    frames, pairs = len(slots), temporal.shape[-1]
+    keys = _as_complex(rms_norm(k, k_weight, eps).unflatten(1, (frames, -1)), compute)  # (B, n, T, H, D/2)
+    values = v.unflatten(1, (frames, -1))
+    for i, (slot, row) in enumerate(zip(slots.tolist(), staging_rows.tolist(), strict=True)):
+        if row >= 0:
+            _multiply_into(staging[:, row], keys[:, i], _canonical_phase(spatial, pairs))
+        if slot >= 0:
+            _multiply_into(pool_layer[0, :, slot], keys[:, i], _full_phase(temporal[i], spatial))
+            pool_layer[1, :, slot] = values[:, i]
+    rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    queries = _as_complex(rms_norm(q, q_weight, eps).unflatten(1, (frames, -1)), compute)
+    targets = rotated.unflatten(1, (frames, -1))
+    for i in range(frames):
+        _multiply_into(targets[:, i], queries[:, i], _full_phase(temporal[i], spatial))
+    return rotated
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """RMSNorm over the model width, in float32 (float64 stays), not rounded back before rotation."""
+    if weight is None:
+        return x
+    compute = lse_dtype(x.dtype)
+    wide = x.flatten(-2).to(compute)
+    return torch.nn.functional.rms_norm(wide, wide.shape[-1:], weight.to(compute), eps).unflatten(-1, x.shape[-2:])
+
+
+def _phases(
+    table: torch.Tensor, rope_split: Sequence[int], grid: Sequence[int], positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Complex turns of each frame in time ``(n, pairs of time)`` and of each token in space ``(T, other pairs)``."""
+    time, high = rope_split[0] // 2, rope_split[1] // 2
+    height, width = grid
+    down = table[:height, None, time : time + high].expand(-1, width, -1)
+    across = table[None, :width, time + high :].expand(height, -1, -1)
+    return table[positions, :time], torch.cat([down, across], dim=-1).flatten(0, 1)
+
+
+def _full_phase(temporal: torch.Tensor, spatial: torch.Tensor) -> torch.Tensor:
+    """``(T, 1, D/2)``: one frame's turn in time beside every token's turn in space."""
+    return torch.cat([temporal.expand(spatial.shape[0], -1), spatial], dim=-1)[:, None]
+
+
+def _canonical_phase(spatial: torch.Tensor, pairs: int) -> torch.Tensor:
+    """`_full_phase` at temporal position 0; multiplying by ``1 + 0i`` changes no bit of a finite key."""
+    return _full_phase(spatial.new_ones(pairs), spatial)
+
+
+def _as_complex(x: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """Interleaved channel pairs as complex numbers: ``(..., D)`` to ``(..., D/2)``."""
+    pairs = x.to(compute).unflatten(-1, (-1, 2))
+    return torch.view_as_complex(pairs if _viewable(pairs) else pairs.contiguous())
+
+
+def _viewable(pairs: torch.Tensor) -> bool:
+    """Whether `view_as_complex` takes the strides and offset of real pairs."""
+    return pairs.stride(-1) == 1 and pairs.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in pairs.stride()[:-1])
+
+
+def _multiply_into(target: torch.Tensor, x: torch.Tensor, phase: torch.Tensor) -> None:
+    """Writes ``x * phase`` (complex) into a real buffer, in place where dtype and strides allow it."""
+    pairs = target.unflatten(-1, (-1, 2))
+    if target.dtype == x.real.dtype and _viewable(pairs):
+        torch.mul(x, phase, out=torch.view_as_complex(pairs))
+    else:
+        target.copy_(torch.view_as_real(x * phase).flatten(-2))
+
+
+def place_frames(
+    pool_layer: torch.Tensor,
+    slots: torch.Tensor,
+    source: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+    k_pages: torch.Tensor | None = None,
+    v_pages: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """A plain copy where the temporal position is 0, else a copy whose temporal channels turn on the way."""
+    compute, time = lse_dtype(pool_layer.dtype), rope_split[0]
+    keys = pool_layer[0] if k_pages is None else k_pages
+    values = pool_layer[1] if k_pages is None else v_pages
+    table = torch.view_as_complex(rope[:, : time // 2].to(compute))
+    for b, (to, from_, at) in enumerate(zip(slots.tolist(), source.tolist(), positions.tolist(), strict=True)):
+        for slot, page, position in zip(to, from_, at, strict=True):
+            if slot < 0 or page < 0:
+                continue
+            target = pool_layer[0, b, slot]
+            key = _dequantise(keys[b, page], None if k_scale is None else k_scale[b, page], compute)
+            if position == 0:
+                target.copy_(key)
+            else:
+                target[..., time:] = key[..., time:]
+                _multiply_into(target[..., :time], _as_complex(key[..., :time], compute), table[position])
+            if values is not None:
+                scale = None if v_scale is None else v_scale[b, page]
+                pool_layer[1, b, slot].copy_(_dequantise(values[b, page], scale, compute))
+
+
+def _dequantise(page: torch.Tensor, scale: torch.Tensor | None, compute: torch.dtype) -> torch.Tensor:
+    return page if scale is None else page.to(compute) * scale.to(compute)[..., None]
+
+
+def window_attend(
+    q: torch.Tensor,
+    pool_layer: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    run: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One dense call for all samples that attend to the same contiguous run, else one call a sample."""
+    samples, length, heads, _ = q.shape
+    tables = [list(range(run or 0))] if slots is None else [[s for s in row if s >= 0] for row in slots.tolist()]
+    if all(table == tables[0] for table in tables):
+        out, lse = _attend_slots(q, pool_layer, tables[0], scale, return_lse)
+    else:
+        parts = [
+            _attend_slots(q[b : b + 1], pool_layer[:, b : b + 1], table, scale, return_lse)
+            for b, table in enumerate(tables)
+        ]
+        out, lse = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    return out, lse if return_lse else q.new_empty(0, dtype=lse_dtype(q.dtype))
+
+
+def _attend_slots(
+    q: torch.Tensor, pool_layer: torch.Tensor, table: list[int], scale: float | None, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of all given samples to the same slots; ``q (B, S, Hq, D)``."""
+    samples, length, heads, head_dim = q.shape
+    lse_shape = (samples, heads, length)
+    if not table or length == 0 or samples == 0:
+        empty = torch.full(lse_shape, -math.inf, dtype=lse_dtype(q.dtype), device=q.device)
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), empty
+    if table == list(range(table[0], table[0] + len(table))):
+        pages = pool_layer[:, :, table[0] : table[0] + len(table)]  # the contiguous run, in place
+    else:
+        pages = pool_layer.index_select(2, torch.tensor(table, device=q.device))
+    keys, values = pages.flatten(2, 3).transpose(2, 3)  # (B, Hkv, tokens, D) each
+    kv_heads = keys.shape[1]
+    # The queries of a group of heads attend to the same keys: they join along the sequence, keys are not repeated.
+    queries = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, Hkv, G * S, D)
+    if return_lse:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, scale=scale)
+        lse = lse.reshape(lse_shape).to(lse_dtype(q.dtype))
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scale)
+        lse = out.new_empty(0, dtype=lse_dtype(q.dtype))
+    out = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    return out.contiguous(), lse
+
+
+def retrieve_attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequence of `chain.retrieve_attend` with this engine's steps."""
+    return chain.retrieve_attend(sys.modules[__name__], *args, **kwargs)

@@ -1,0 +1,326 @@
+"""What the ops accept: shapes, dtypes and devices, checked alike by the real and the fake implementations.
+
+Values of index tables are checked too, where that costs no device synchronisation (on a CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..assignment import STATE_ROWS
+from ..config import check_position_rule
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
+INTEGERS = (torch.int64,)
+
+
+def check(
+    name: str, x: torch.Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], like: torch.Tensor
+) -> None:
+    """Checks one tensor: a size of None in ``shape`` takes any; the device must be that of ``like``."""
+    if x.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must have dtype {allowed}, got {x.dtype}")
+    if x.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
+    ):
+        allowed = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({allowed}), got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {x.device}")
+
+
+def check_scalar(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
+    """Checks a tensor that holds one int64."""
+    if x.dtype != torch.int64 or x.numel() != 1:
+        raise TypeError(f"{name} must be an int64 tensor with one element, got {x.dtype} of shape {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {x.device}")
+
+
+def check_range(name: str, value: int, low: int, high: int | None = None) -> None:
+    """Checks ``low <= value`` and, when given, ``value <= high``."""
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor has no data: a fake tensor of the compiler, or one on the meta device."""
+    return isinstance(x, FakeTensor) or x.is_meta
+
+
+def has_readable_values(x: torch.Tensor) -> bool:
+    """Whether reading an index table costs no device synchronisation."""
+    return x.device.type == "cpu" and x.numel() > 0 and not is_fake(x)
+
+
+def check_values(name: str, x: torch.Tensor, low: int, high: int) -> None:
+    """Checks that every element of an index table lies in ``[low, high]``; on a CPU only, elsewhere it would synchronise."""
+    if not has_readable_values(x):
+        return
+    smallest, largest = (int(end) for end in torch.aminmax(x))
+    if smallest < low or largest > high:
+        got = smallest if smallest < low else largest
+        raise ValueError(f"{name} must lie between {low} and {high}, got {got}")
+
+
+def check_rotary(rope: torch.Tensor, rope_split: Sequence[int], head_dim: int, like: torch.Tensor) -> None:
+    """Checks the rotary table against the head dimension."""
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even, because channels are rotated in pairs; got {head_dim}")
+    check("rope", rope, (None, head_dim // 2, 2), (torch.float32, torch.float64), like)
+    if len(rope_split) != 3 or sum(rope_split) != head_dim or any(c < 0 or c % 2 for c in rope_split):
+        raise ValueError(
+            f"rope_split must be three even numbers that add up to head_dim ({head_dim}), got {list(rope_split)}"
+        )
+
+
+def check_grid(grid: Sequence[int], tokens: int, rope: torch.Tensor) -> None:
+    """Checks that the grid covers a page's tokens and the rotary table reaches its edges."""
+    if len(grid) != 2 or grid[0] < 1 or grid[1] < 1 or grid[0] * grid[1] != tokens:
+        raise ValueError(f"grid must be (h, w) with h * w = tokens_per_frame ({tokens}), got {list(grid)}")
+    if max(grid) > rope.shape[0]:
+        raise ValueError(f"grid must fit the rope table of {rope.shape[0]} positions, got {list(grid)}")
+
+
+def check_pool(pool_layer: torch.Tensor, q: torch.Tensor) -> None:
+    """Checks a layer's pool ``(2, B, slots, T, Hkv, D)`` against queries ``(B, S, Hq, D)``."""
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape (samples, tokens, heads, head_dim), got {tuple(q.shape)}")
+    if q.dtype not in FLOATS:
+        raise TypeError(f"q must have dtype {' or '.join(str(dtype) for dtype in FLOATS)}, got {q.dtype}")
+    check("pool_layer", pool_layer, (2, q.shape[0], None, None, None, q.shape[3]), (q.dtype,), q)
+    if pool_layer.shape[4] < 1 or q.shape[2] % pool_layer.shape[4]:
+        raise ValueError(
+            f"q must have a multiple of the pool's {pool_layer.shape[4]} key-value heads, got {q.shape[2]} heads"
+        )
+
+
+def check_topk(
+    query: torch.Tensor,
+    index: torch.Tensor,
+    index_ids: torch.Tensor,
+    index_length: torch.Tensor,
+    end_frame: torch.Tensor,
+    k: int,
+    recent_exclude: int,
+    exclude: torch.Tensor | None,
+) -> None:
+    """Arguments of ``topk_retrieve``."""
+    check("query", query, (None, None), FLOATS, query)
+    check_range("query's embedding size", query.shape[1], 1)
+    check_index(index, index_ids, index_length, query, query.shape[0])
+    check("index", index, (None, None, query.shape[1]), FLOATS, query)
+    check_scalar("end_frame", end_frame, query)
+    check_range("k", k, 0)
+    check_range("recent_exclude", recent_exclude, 0)
+    if exclude is not None:
+        check("exclude", exclude, (query.shape[0], None), INTEGERS, query)
+
+
+def check_index(
+    index: torch.Tensor, index_ids: torch.Tensor, index_length: torch.Tensor, like: torch.Tensor, samples: int
+) -> None:
+    """The embedding matrix ``(B, N, E)``, its frame ids ``(B, N)`` and its length on the device."""
+    check("index", index, (samples, None, None), FLOATS, like)
+    check("index_ids", index_ids, (samples, index.shape[1]), INTEGERS, like)
+    check_scalar("index_length", index_length, like)
+    check_values("index_length", index_length, 0, index.shape[1])
+
+
+def check_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool_layer: torch.Tensor, staging: torch.Tensor
+) -> int:
+    """A block's q, k, v against the pool and the staging buffer; returns the frames in the block."""
+    check_pool(pool_layer, q)
+    samples, length, _, head_dim = q.shape
+    tokens, kv_heads = pool_layer.shape[3], pool_layer.shape[4]
+    check("k", k, (samples, length, kv_heads, head_dim), (q.dtype,), q)
+    check("v", v, (samples, length, kv_heads, head_dim), (q.dtype,), q)
+    check("staging", staging, (samples, None, tokens, kv_heads, head_dim), (q.dtype,), q)
+    if tokens < 1 or length == 0 or length % tokens:
+        raise ValueError(
+            f"q must hold a whole number of frames of {tokens} tokens (the pool's tokens_per_frame), at least one; "
+            f"got {length} tokens"
+        )
+    return int(length // tokens)
+
+
+def check_weights(
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
+) -> None:
+    """RMSNorm weights over the model width; both or none."""
+    if (q_weight is None) != (k_weight is None):
+        given, missing = ("q_weight", "k_weight") if k_weight is None else ("k_weight", "q_weight")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    if q_weight is not None and k_weight is not None:
+        check("q_weight", q_weight, (q.shape[2] * q.shape[3],), FLOATS, q)
+        check("k_weight", k_weight, (k.shape[2] * k.shape[3],), FLOATS, q)
+
+
+def check_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool_layer: torch.Tensor,
+    staging: torch.Tensor,
+    slots: torch.Tensor,
+    staging_rows: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+    grid: Sequence[int],
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+) -> None:
+    """Arguments of ``write_frames``."""
+    frames = check_block(q, k, v, pool_layer, staging)
+    check_rotary(rope, rope_split, q.shape[3], q)
+    check_grid(grid, pool_layer.shape[3], rope)
+    check_weights(q_weight, k_weight, q, k)
+    for name, table, limit, low in (
+        ("slots", slots, pool_layer.shape[2], -1),
+        ("staging_rows", staging_rows, staging.shape[1], -1),
+        ("positions", positions, rope.shape[0], 0),
+    ):
+        check(name, table, (frames,), INTEGERS, q)
+        check_values(name, table, low, limit - 1)
+
+
+def check_place(
+    pool_layer: torch.Tensor,
+    slots: torch.Tensor,
+    source: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+    k_pages: torch.Tensor | None,
+    v_pages: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """Arguments of ``place_frames``."""
+    check("pool_layer", pool_layer, (2, None, None, None, None, None), FLOATS, pool_layer)
+    _, samples, pool_slots, tokens, kv_heads, head_dim = pool_layer.shape
+    check_rotary(rope, rope_split, head_dim, pool_layer)
+    check("slots", slots, (samples, None), INTEGERS, pool_layer)
+    check("source", source, slots.shape, INTEGERS, pool_layer)
+    check("positions", positions, slots.shape, INTEGERS, pool_layer)
+    pages = pool_slots
+    if k_pages is None:
+        for name, given in (("v_pages", v_pages), ("k_scale", k_scale), ("v_scale", v_scale)):
+            if given is not None:
+                raise ValueError(f"{name} must be given together with k_pages, got it without")
+    else:
+        pages = k_pages.shape[1] if k_pages.dim() == 5 else 0
+        _check_pages("k", k_pages, k_scale, (samples, None, tokens, kv_heads, head_dim), pool_layer)
+        if v_pages is not None:
+            _check_pages("v", v_pages, v_scale, tuple(k_pages.shape), pool_layer)
+    check_values("slots", slots, -1, pool_slots - 1)
+    check_values("source", source, -1, pages - 1)
+    placed = (slots >= 0) & (source >= 0)
+    check_values("positions", torch.where(placed, positions, 0), 0, rope.shape[0] - 1)
+    if has_readable_values(slots):
+        _check_disjoint(slots, source, k_pages is None)
+
+
+def _check_pages(
+    which: str, pages: torch.Tensor, scale: torch.Tensor | None, shape: Sequence[int | None], pool_layer: torch.Tensor
+) -> None:
+    check(f"{which}_pages", pages, shape, (pool_layer.dtype, *QUANTISED), pool_layer)
+    if (pages.dtype in QUANTISED) != (scale is not None):
+        need = "needs" if pages.dtype in QUANTISED else "takes no"
+        raise ValueError(f"{which}_pages of dtype {pages.dtype} {need} {which}_scale")
+    if scale is not None:
+        check(f"{which}_scale", scale, pages.shape[:4], FLOATS, pool_layer)
+
+
+def _check_disjoint(slots: torch.Tensor, source: torch.Tensor, same_pool: bool) -> None:
+    """Targets must differ, and none may be a source of the same call: the result would depend on the order of copies."""
+    for to, from_ in zip(slots.tolist(), source.tolist(), strict=True):
+        pairs = [(slot, page) for slot, page in zip(to, from_, strict=True) if slot >= 0 and page >= 0]
+        targets = [slot for slot, _ in pairs]
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"slots must name each slot once, got {targets}")
+        if same_pool and not set(targets).isdisjoint(page for _, page in pairs):
+            raise ValueError(f"source must not name a slot that the same call overwrites, got {pairs} (slot, source)")
+
+
+def check_attend(q: torch.Tensor, pool_layer: torch.Tensor, slots: torch.Tensor | None, run: int | None) -> None:
+    """Arguments of ``window_attend``."""
+    check_pool(pool_layer, q)
+    if (slots is None) == (run is None):
+        raise ValueError(f"exactly one of slots and run must be given, got {'none' if run is None else 'both'}")
+    if slots is not None:
+        check("slots", slots, (q.shape[0], None), INTEGERS, q)
+        check_values("slots", slots, -1, pool_layer.shape[2] - 1)
+    if run is not None:
+        check_range("run", run, 0, pool_layer.shape[2])
+
+
+def check_merge(outs: torch.Tensor, lses: torch.Tensor) -> None:
+    """Arguments of ``merge_attention``."""
+    check("outs", outs, (None, None, None, None, None), FLOATS, outs)
+    parts, samples, length, heads, _ = outs.shape
+    check_range("outs' number of parts", parts, 1)
+    check("lses", lses, (parts, samples, heads, length), (torch.float32, torch.float64), outs)
+
+
+def check_retrieve(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool_layer: torch.Tensor,
+    staging: torch.Tensor,
+    window_state: torch.Tensor,
+    index: torch.Tensor,
+    index_ids: torch.Tensor,
+    index_length: torch.Tensor,
+    frame_slot: torch.Tensor,
+    start_frame: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+    grid: Sequence[int],
+    sink: int,
+    top_k: int,
+    recent_exclude: int,
+    count: int | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    position_rule: str,
+) -> None:
+    """Arguments of ``retrieve_attend``."""
+    frames = check_block(q, k, v, pool_layer, staging)
+    samples = q.shape[0]
+    check_rotary(rope, rope_split, q.shape[3], q)
+    check_grid(grid, pool_layer.shape[3], rope)
+    check_weights(q_weight, k_weight, q, k)
+    check("window_state", window_state, (samples, STATE_ROWS, None), INTEGERS, q)
+    check_index(index, index_ids, index_length, q, samples)
+    check("frame_slot", frame_slot, (samples, None), INTEGERS, q)
+    check_values("frame_slot", frame_slot, -1, pool_layer.shape[2] - 1)
+    check_scalar("start_frame", start_frame, q)
+    check_values("start_frame", start_frame, 0, 2**62)
+    check_position_rule(position_rule)
+    for name, value in (("sink", sink), ("top_k", top_k), ("recent_exclude", recent_exclude)):
+        check_range(name, value, 0)
+    window = window_state.shape[2]
+    local = window - sink - top_k
+    if local < frames:
+        raise ValueError(
+            f"window - sink - top_k must be at least the {frames} frames of the block, got {window} - {sink} - "
+            f"{top_k} = {local}"
+        )
+    if staging.shape[1] < local + frames:
+        raise ValueError(
+            f"staging must have at least window - sink - top_k + {frames} = {local + frames} rows, got {staging.shape[1]}"
+        )
+    if pool_layer.shape[2] < window:
+        raise ValueError(f"pool_layer must have at least window ({window}) slots, got {pool_layer.shape[2]}")
+    if count is not None:
+        check_range("count", count, 1, window)

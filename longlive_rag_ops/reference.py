@@ -1,0 +1,248 @@
+"""The oracle: every op of ``torch.ops.longlive`` in plain PyTorch, one function an op.
+
+Written to be read and to be right, not to be fast. Everything is computed in float64 and rounded once, except
+retrieval scores, whose definition is float32 accumulation (float64 when the embeddings are float64). Arguments are
+those of the ops (see `longlive_rag_ops.ops`), unchecked; buffers the ops mutate are mutated here too.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import chain
+
+NO_FRAME = -1
+
+
+def rotate(
+    x: torch.Tensor, rope: torch.Tensor, rope_split: Sequence[int], grid: Sequence[int], positions: torch.Tensor
+) -> torch.Tensor:
+    """Rotates ``x`` by the 3-D rotary embedding: frame ``i`` at temporal position ``positions[i]``.
+
+    Args:
+        x: ``(B, n * h * w, H, D)``, frame-major, then row-major over the grid.
+        rope: ``(P, D // 2, 2)`` cosine and sine, see `rotary.rotary_table`.
+        rope_split: real channels of (time, height, width).
+        grid: ``(h, w)`` tokens of a frame.
+        positions: ``(n,)`` temporal positions.
+
+    Returns:
+        ``(B, n * h * w, H, D)`` in ``x``'s dtype.
+    """
+    height, width = grid
+    time_pairs, height_pairs = rope_split[0] // 2, rope_split[1] // 2
+    angles = rope.double()
+    rows = torch.arange(height, device=x.device).repeat_interleave(width)
+    columns = torch.arange(width, device=x.device).repeat(height)
+    spatial = torch.cat(  # (h * w, pairs of height and width, 2)
+        [
+            angles[rows, time_pairs : time_pairs + height_pairs],
+            angles[columns, time_pairs + height_pairs :],
+        ],
+        dim=1,
+    )
+    temporal = angles[positions.to(x.device), :time_pairs]  # (n, pairs of time, 2)
+    frames, tokens = len(positions), height * width
+    turn = torch.cat(
+        [temporal[:, None].expand(-1, tokens, -1, -1), spatial[None].expand(frames, -1, -1, -1)], dim=2
+    ).reshape(frames * tokens, 1, -1, 2)
+    pairs = x.double().unflatten(-1, (-1, 2))
+    cosine, sine = turn.unbind(-1)
+    even, odd = pairs.unbind(-1)
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """RMSNorm over the model width ``H * D`` (arXiv 1910.07467), left in float64; ``x`` itself without a weight."""
+    if weight is None:
+        return x
+    wide = x.double().flatten(-2)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.double()
+    return normed.unflatten(-1, x.shape[-2:])
+
+
+def unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to unit length in float32 (float64 stays). A zero row stays zero, a non-finite one becomes NaN.
+
+    Dividing by the largest entry first keeps the squares of very large and very small embeddings in range.
+    """
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    largest = rows.abs().amax(-1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, 1.0)
+    length = scaled.square().sum(-1, keepdim=True).sqrt()
+    unit = scaled / torch.where(length > 0, length, 1.0)
+    return torch.where(largest.isfinite(), unit, torch.nan)
+
+
+def row_scores(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Dot product of a unit query ``(E,)`` with unit rows ``(N, E)``: ``(N,)``.
+
+    Each row is reduced on its own, so that equal rows score equal to the last bit wherever they are stored; a
+    matrix product does not promise that, and ties are decided by it.
+    """
+    return (rows * query).sum(-1)
+
+
+def topk_retrieve(
+    query: torch.Tensor,
+    index: torch.Tensor,
+    index_ids: torch.Tensor,
+    index_length: torch.Tensor,
+    end_frame: torch.Tensor,
+    k: int,
+    first_frame: int = 0,
+    recent_exclude: int = 0,
+    exclude: torch.Tensor | None = None,
+    normalized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames most similar to the query: ids ``(B, k)`` int64 and cosines ``(B, k)``, best first, -1 and -inf past the last."""
+    samples = query.shape[0]
+    score_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    ids = torch.full((samples, k), NO_FRAME, dtype=torch.int64, device=query.device)
+    scores = torch.full((samples, k), -math.inf, dtype=score_dtype, device=query.device)
+    length, end = int(index_length), int(end_frame) - recent_exclude
+    for b in range(samples):
+        rows, frames = index[b, :length].to(score_dtype), index_ids[b, :length]
+        cosine = row_scores(unit_rows(query[b]), rows if normalized else unit_rows(rows))
+        allowed = (frames >= max(first_frame, 0)) & (frames < end) & ~cosine.isnan()
+        if exclude is not None:
+            allowed &= ~torch.isin(frames, exclude[b])
+        ranked = sorted(zip((-cosine[allowed]).tolist(), frames[allowed].tolist(), strict=True))[:k]
+        for rank, (negated, frame) in enumerate(ranked):
+            ids[b, rank], scores[b, rank] = frame, -negated
+    return ids, scores
+
+
+def write_frames(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool_layer: torch.Tensor,
+    staging: torch.Tensor,
+    slots: torch.Tensor,
+    staging_rows: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+    grid: Sequence[int],
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Writes a block's placed keys, values and canonical keys; returns the rotated queries ``(B, n*T, Hq, D)``."""
+    frames = len(slots)
+    k_normed = rms_norm(k, k_weight, eps)
+    canonical = (
+        rotate(k_normed, rope, rope_split, grid, torch.zeros_like(positions)).to(k.dtype).unflatten(1, (frames, -1))
+    )
+    placed = rotate(k_normed, rope, rope_split, grid, positions).to(k.dtype).unflatten(1, (frames, -1))
+    values = v.unflatten(1, (frames, -1))
+    for i, (slot, row) in enumerate(zip(slots.tolist(), staging_rows.tolist(), strict=True)):
+        if slot >= 0:
+            pool_layer[0, :, slot] = placed[:, i]
+            pool_layer[1, :, slot] = values[:, i]
+        if row >= 0:
+            staging[:, row] = canonical[:, i]
+    return rotate(rms_norm(q, q_weight, eps), rope, rope_split, grid, positions).to(q.dtype)
+
+
+def place_frames(
+    pool_layer: torch.Tensor,
+    slots: torch.Tensor,
+    source: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    rope_split: Sequence[int],
+    k_pages: torch.Tensor | None = None,
+    v_pages: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Places canonical pages in window slots: dequantises, rotates to a temporal position, copies."""
+    keys = pool_layer[0] if k_pages is None else k_pages
+    values = pool_layer[1] if k_pages is None else v_pages
+    for b, (to, from_, at) in enumerate(zip(slots.tolist(), source.tolist(), positions.tolist(), strict=True)):
+        for slot, page, position in zip(to, from_, at, strict=True):
+            if slot < 0 or page < 0:
+                continue
+            pool_layer[0, b, slot] = _turn_in_time(
+                _dequantise(keys[b, page], None if k_scale is None else k_scale[b, page]), rope, rope_split, position
+            )
+            if values is not None:
+                pool_layer[1, b, slot] = _dequantise(values[b, page], None if v_scale is None else v_scale[b, page])
+
+
+def _dequantise(page: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Page ``(T, H, D)`` times its scale per token and head ``(T, H)``."""
+    return page.double() if scale is None else page.double() * scale.double()[..., None]
+
+
+def _turn_in_time(page: torch.Tensor, rope: torch.Tensor, rope_split: Sequence[int], position: int) -> torch.Tensor:
+    """Canonical key page ``(T, H, D)`` at a temporal position: only the temporal channels turn."""
+    time = rope_split[0]
+    cosine, sine = rope[position, : time // 2].double().unbind(-1)
+    even, odd = page[..., :time].unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
+    return torch.cat([turned, page[..., time:]], dim=-1)
+
+
+def window_attend(
+    q: torch.Tensor,
+    pool_layer: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    run: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over the pages in a table of slots: ``(B, S, Hq, D)`` and log-sum-exp ``(B, Hq, S)``."""
+    samples, length, heads, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    out = torch.zeros_like(q)
+    lse = torch.full((samples, heads, length), -math.inf, dtype=lse_dtype(q.dtype), device=q.device)
+    for b in range(samples):
+        table = range(run or 0) if slots is None else [slot for slot in slots[b].tolist() if slot >= 0]
+        if not table:
+            continue  # nothing to attend to: output 0, log-sum-exp -inf
+        keys = torch.cat([pool_layer[0, b, slot] for slot in table]).double()  # (tokens, Hkv, D)
+        values = torch.cat([pool_layer[1, b, slot] for slot in table]).double()
+        group = heads // keys.shape[1]
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        logits = torch.einsum("shd,thd->hst", q[b].double(), keys) * scale
+        total = logits.logsumexp(-1)  # (Hq, S)
+        out[b] = torch.einsum("hst,thd->shd", (logits - total[..., None]).exp(), values).to(q.dtype)
+        lse[b] = total.to(lse.dtype)
+    return out, lse if return_lse else lse.new_empty(0)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Log-sum-exp is kept in float32, in float64 for float64 attention."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins attention over disjoint sets of keys, part 0 first: ``(B, S, H, D)``, ``(B, H, S)``.
+
+    ``lse = log sum_p exp(lse_p)`` and ``out = sum_p exp(lse_p - lse) out_p``; an empty part (lse -inf) adds nothing.
+    """
+    parts = lses.double()
+    top = parts.amax(0)
+    top = torch.where(top == -math.inf, 0.0, top)  # all parts empty: exp(-inf - 0) = 0, never exp(nan)
+    total = torch.zeros_like(top)
+    joined = torch.zeros_like(outs[0], dtype=torch.float64)
+    for out, lse in zip(outs, parts, strict=True):
+        weight = (lse - top).exp()
+        total = total + weight
+        spread = weight.transpose(1, 2)[..., None]  # (B, S, H, 1)
+        joined = joined + torch.where(spread > 0, spread * out.double(), 0.0)
+    divisor = torch.where(total > 0, total, 1.0).transpose(1, 2)[..., None]
+    return (joined / divisor).to(outs.dtype), (top + total.log()).to(lses.dtype)
+
+
+def retrieve_attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Retrieval, placement, rotation and attention in one call; see `chain.retrieve_attend` for the sequence."""
+    return chain.retrieve_attend(sys.modules[__name__], *args, **kwargs)

@@ -1,0 +1,463 @@
+"""The window as an object: what a backbone's self-attention calls instead of sliding-window attention."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .assignment import FRAME, SOURCE, STAGED, advance_window, empty_window_state
+from .config import WindowConfig, candidate_end, check_int, window_slot
+from .engines import resolve_engine
+from .index import FrameIndex
+from .ops.checks import FLOATS, check, check_rotary
+from .pool import HistoryPool
+from .rotary import default_split, rotary_table
+
+FIRST_POSITIONS = 1024  # rows of the rotary table before any frame asks for more
+
+
+@dataclass
+class _Block:
+    """The block being generated: its frames, the window state it attends with, the layers that have seen it."""
+
+    start: int
+    frames: int
+    state: torch.Tensor  # (B, 4, W)
+    start_frame: torch.Tensor  # (1,) on the device
+    count: int | None  # occupied slots, None where samples differ
+    layers: set[int] = field(default_factory=set)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.frames
+
+
+class MemoryWindow:
+    """Attention over ``[sink | retrieved memory | local window]`` for a batch of videos, block by block.
+
+    Every block is one or more forwards, each calling `attend` in every layer with the same ``start_frame``; each
+    forward overwrites the block's pages. `finish` makes the block final: its pages join the history, its embeddings
+    the index, and the frames to retrieve for the next block are chosen, for each sample on its own and for all layers
+    at once.
+
+    Args:
+        config: sizes of the window.
+        layers: self-attention layers that share it.
+        batch: samples, ``B``.
+        tokens_per_frame: tokens of a latent frame, ``T``.
+        kv_heads, head_dim: of keys and values; queries may have a multiple of ``kv_heads``.
+        dtype: of queries, keys and values; float64, float32, float16 or bfloat16.
+        device: where the pool lives.
+        history_slots: most frames of history kept; None keeps all, growing the pool.
+        on_full: with ``history_slots``: ``error`` raises when they are used up, ``forget`` gives up the least
+            recently retrieved frame.
+        rope: rotary table ``(P, head_dim // 2, 2)``; made by `rotary.rotary_table` when not given.
+        rope_split: real channels of (time, height, width); `rotary.default_split` when not given.
+        engine: ``auto`` or an engine's name, see `engines`.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        config: WindowConfig,
+        *,
+        layers: int,
+        batch: int,
+        tokens_per_frame: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        history_slots: int | None = None,
+        on_full: str = "error",
+        rope: torch.Tensor | None = None,
+        rope_split: Sequence[int] | None = None,
+        engine: str = "auto",
+    ) -> None:
+        if not isinstance(config, WindowConfig):
+            raise TypeError(f"config must be a WindowConfig, got {type(config).__name__}")
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be {' or '.join(str(allowed) for allowed in FLOATS)}, got {dtype}")
+        self.config = config
+        self.layers = check_int("layers", layers, 1)
+        self.batch = check_int("batch", batch, 1)
+        self.tokens_per_frame = check_int("tokens_per_frame", tokens_per_frame, 1)
+        check_int("kv_heads", kv_heads, 1)
+        check_int("head_dim", head_dim, 2)
+        self.device = torch.device(device)
+        resolve_engine(engine, self.device.type)
+        self.engine = engine
+        self._own_rope = rope is None
+        self.rope_split = list(default_split(head_dim) if rope_split is None else rope_split)
+        self._rope_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        if rope is None:
+            rope = rotary_table(head_dim, FIRST_POSITIONS, split=self._split(), dtype=self._rope_dtype, device=device)
+        self.rope = rope
+        self._check_history(history_slots)
+        self._pool = HistoryPool(
+            config.window,
+            layers=layers,
+            samples=batch,
+            tokens_per_frame=tokens_per_frame,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+            capacity=history_slots,
+            on_full=on_full,
+        )
+        check_rotary(self.rope, self.rope_split, head_dim, self._pool.pages)
+        self._staging = torch.zeros(
+            layers, batch, config.staging_rows, tokens_per_frame, kv_heads, head_dim, dtype=dtype, device=device
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new video: forgets every frame, embedding and counter, keeps the memory and settings."""
+        self._pool.clear()
+        self._index: FrameIndex | None = None
+        self._block: _Block | None = None
+        self._expected = 0  # start of the next block
+        self._last_state = empty_window_state(self.batch, self.config.window, self.device)
+        self._chosen = torch.full((self.batch, self.config.top_k), -1, dtype=torch.int64, device=self.device)
+        self._scores = torch.zeros(self.batch, self.config.top_k, device=self.device)
+        self._pinned: set[int] = set()
+        self._counters = dict.fromkeys(
+            (
+                "blocks",
+                "frames",
+                "non_finite_embeddings",
+                "selected_frames",
+                "repeated_frames",
+                "placed_pages",
+                "forgotten_frames",
+            ),
+            0,
+        )
+        self._seconds = {"retrieval": 0.0, "commit": 0.0}
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start_frame: int,
+        grid: Sequence[int],
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attention of one block in one layer; writes the block's keys and values in place.
+
+        Args:
+            layer: ``0 .. layers-1``.
+            q: ``(B, n*T, Hq, D)``, k and v ``(B, n*T, Hkv, D)``: before rotation, tokens frame-major, then row-major.
+            start_frame: first frame of the block.
+            grid: ``(h, w)`` tokens of a frame.
+            scale: of the logits; ``D ** -0.5`` when not given.
+
+        Returns:
+            ``(B, n*T, Hq, D)``; with ``return_lse`` also the log-sum-exp ``(B, Hq, n*T)`` float32.
+
+        Raises:
+            RuntimeError: ``start_frame`` is later than the current block's, which is not finished, or earlier.
+            TypeError, ValueError: a shape, dtype, device or size is not allowed. The window is unchanged then.
+        """
+        frames = self._frames_of(q)
+        block = self._block_at(start_frame, frames)
+        out, lse = torch.ops.longlive.retrieve_attend(
+            q, k, v, **self._arguments(block, layer, grid), scale=scale, return_lse=return_lse
+        )
+        self._begin(block, layer)
+        return (out, lse) if return_lse else out
+
+    def arguments(self, layer: int, start_frame: int, grid: Sequence[int], frames: int | None = None) -> dict[str, Any]:
+        """Everything that ``torch.ops.longlive.retrieve_attend`` takes after q, k and v, for one call.
+
+        For modules that call the op themselves; the call must follow, once for each use of this method.
+
+        Args:
+            frames: frames in the block; ``config.frames_per_block`` when not given.
+        """
+        block = self._block_at(start_frame, self.config.frames_per_block if frames is None else frames)
+        arguments = self._arguments(block, layer, grid)
+        self._begin(block, layer)
+        return arguments
+
+    def finish(self, start_frame: int, embeddings: torch.Tensor | None = None) -> None:
+        """Makes the block final: keeps its pages as history, indexes its embeddings, chooses for the next block.
+
+        Args:
+            start_frame: first frame of the block.
+            embeddings: ``(B, n, E)`` floating point, one a frame; may be None when ``top_k`` is 0. An embedding with
+                NaN or infinity is counted; its frame is never chosen, and as the newest it retrieves nothing.
+
+        Raises:
+            RuntimeError: no such block is open, a layer has not attended, or ``history_slots`` are used up.
+            TypeError, ValueError: the embeddings are not allowed. The window is unchanged in every case.
+        """
+        block = self._finishable(start_frame)
+        if self.config.top_k > 0:
+            embeddings = self._check_embeddings(embeddings, block)
+            self._remember(block, embeddings)
+        self._counters["blocks"] += 1
+        self._counters["frames"] += block.frames
+        self._last_state, self._block, self._expected = block.state, None, block.end
+        if self.config.top_k > 0 and embeddings is not None:
+            self._choose(embeddings[:, -1])
+
+    @property
+    def pool(self) -> torch.Tensor:
+        """``(layers, 2, samples, slots, tokens_per_frame, kv_heads, head_dim)``: window slots first, then history."""
+        return self._pool.pages
+
+    @property
+    def selected(self) -> list[list[int]]:
+        """For each sample, the frames retrieved for the current block or, between blocks, the next; best first."""
+        return [[frame for frame in row if frame >= 0] for row in self._chosen.tolist()]
+
+    @property
+    def selected_scores(self) -> list[list[float]]:
+        """Cosine similarities of `selected`."""
+        chosen, scores = self._chosen.tolist(), self._scores.tolist()
+        return [
+            [score for frame, score in zip(*row, strict=True) if frame >= 0] for row in zip(chosen, scores, strict=True)
+        ]
+
+    @property
+    def window_frames(self) -> list[list[int]]:
+        """For each sample, the frames in the window slots of the current (or last) block: sink, local, memory."""
+        state = self._last_state if self._block is None else self._block.state
+        return [[frame for frame in row if frame >= 0] for row in state[:, FRAME].tolist()]
+
+    def history_slot(self, frame: int) -> int:
+        """Pool slot of a finished frame's canonical page; -1 when it has none (sink frames, forgotten frames)."""
+        return self._pool.table.lookup(check_int("frame", frame, 0))
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since `reset`; ``bytes`` held by each part; host ``seconds`` spent in retrieval and commits.
+
+        ``selected_frames`` counts retrieved frames over blocks and samples, ``repeated_frames`` those among them that
+        the window already held, ``placed_pages`` the page copies into window slots of each layer.
+        """
+        pool, page = self._pool, self._pool.page_bytes
+        held = {
+            "window": self.config.window * page,
+            "history": len(pool.table) * page,
+            "history_reserved": pool.pages.nbytes - self.config.window * page,
+            "staging": self._staging.nbytes,
+            "index": 0 if self._index is None else self._index.nbytes,
+        }
+        return {
+            **self._counters,
+            "history_frames": len(pool.table),
+            "bytes": held,
+            "seconds": dict(self._seconds),
+        }
+
+    # Blocks -----------------------------------------------------------------------------------------------------
+
+    def _frames_of(self, q: torch.Tensor) -> int:
+        if q.dim() != 4:
+            raise ValueError(f"q must have shape (samples, tokens, heads, head_dim), got {tuple(q.shape)}")
+        if q.shape[1] == 0 or q.shape[1] % self.tokens_per_frame:
+            raise ValueError(
+                f"q must hold a whole number of frames of {self.tokens_per_frame} tokens (tokens_per_frame), at least "
+                f"one; got {q.shape[1]} tokens"
+            )
+        return int(q.shape[1] // self.tokens_per_frame)
+
+    def _block_at(self, start_frame: int, frames: int) -> _Block:
+        """The open block, or the next one, not yet begun."""
+        check_int("start_frame", start_frame, 0)
+        check_int("q's number of frames", frames, 1, self.config.frames_per_block)
+        block = self._block
+        if block is not None:
+            if start_frame > block.start:
+                raise RuntimeError(
+                    f"start_frame {start_frame} is later than the current block's, {block.start}: call "
+                    f"finish({block.start}, ...) first"
+                )
+            if start_frame < block.start:
+                raise RuntimeError(f"start_frame {start_frame} is earlier than the current block's, {block.start}")
+            if frames != block.frames:
+                raise ValueError(f"q must hold the current block's {block.frames} frames in every call, got {frames}")
+            return block
+        if start_frame != self._expected:
+            relation = "earlier" if start_frame < self._expected else "later"
+            raise RuntimeError(
+                f"start_frame {start_frame} is {relation} than the next block's, {self._expected}: blocks follow one "
+                "another without a gap, and a finished block is final"
+            )
+        return self._next_block(frames)
+
+    def _next_block(self, frames: int) -> _Block:
+        began = time.perf_counter()
+        config = self.config
+        state = advance_window(
+            self._last_state,
+            self._chosen,
+            self._pool.frame_slot,
+            self._expected,
+            frames,
+            sink=config.sink,
+            top_k=config.top_k,
+            staging_rows=config.staging_rows,
+            position_rule=config.position_rule,
+        )
+        counts = set((state[:, FRAME] >= 0).sum(1).tolist())
+        start_frame = torch.tensor([self._expected], device=self.device)
+        block = _Block(self._expected, frames, state, start_frame, counts.pop() if len(counts) == 1 else None)
+        self._seconds["retrieval"] += time.perf_counter() - began
+        return block
+
+    def _begin(self, block: _Block, layer: int) -> None:
+        """Notes that a layer has attended (or is about to); the first one opens the block."""
+        if self._block is None:
+            chosen = self._chosen
+            memory = self._last_state[:, FRAME, self.config.window - self.config.top_k :]
+            repeated = (chosen[:, :, None] == memory[:, None, :]).any(-1) & (chosen >= 0)
+            self._counters["selected_frames"] += int((chosen >= 0).sum())
+            self._counters["repeated_frames"] += int(repeated.sum())
+            self._block = block
+        if layer not in block.layers:
+            placed = (block.state[:, SOURCE] >= 0) | (block.state[:, STAGED] >= 0)
+            self._counters["placed_pages"] += int(placed.sum())
+            block.layers.add(layer)
+
+    def _arguments(self, block: _Block, layer: int, grid: Sequence[int]) -> dict[str, Any]:
+        check_int("layer", layer, 0, self.layers - 1)
+        absolute = self.config.position_rule == "absolute"
+        self._extend_rope(max(*grid, block.end if absolute else self.config.window))
+        index = self._index
+        none = self._pool.pages.new_empty(self.batch, 0, 1)
+        return {
+            "pool_layer": self._pool.pages[layer],
+            "staging": self._staging[layer],
+            "window_state": block.state,
+            "index": none if index is None else index.embeddings,
+            "index_ids": none[..., 0].long() if index is None else index.ids,
+            "index_length": block.start_frame.new_zeros(1) if index is None else index.length,
+            "frame_slot": self._pool.frame_slot,
+            "start_frame": block.start_frame,
+            "rope": self.rope,
+            "rope_split": self.rope_split,
+            "grid": list(grid),
+            "sink": self.config.sink,
+            "top_k": self.config.top_k,
+            "recent_exclude": self.config.recent_exclude,
+            "select": False,
+            "place": layer not in block.layers,
+            "count": block.count,
+            "position_rule": self.config.position_rule,
+            "index_normalized": True,
+            "engine": self.engine,
+        }
+
+    # Finishing --------------------------------------------------------------------------------------------------
+
+    def _finishable(self, start_frame: int) -> _Block:
+        check_int("start_frame", start_frame, 0)
+        block = self._block
+        if block is None or block.start != start_frame:
+            current = "no block has begun" if block is None else f"the current block starts at {block.start}"
+            raise RuntimeError(f"start_frame {start_frame} cannot be finished: {current}")
+        missing = sorted(set(range(self.layers)) - block.layers)
+        if missing:
+            raise RuntimeError(
+                f"the block at start_frame {start_frame} cannot be finished: layers {missing} have not attended"
+            )
+        return block
+
+    def _check_embeddings(self, embeddings: torch.Tensor | None, block: _Block) -> torch.Tensor:
+        if embeddings is None:
+            raise ValueError(f"embeddings must be given when top_k is {self.config.top_k}, got None")
+        if not isinstance(embeddings, torch.Tensor):
+            raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
+        size = None if self._index is None else self._index.embedding_dim
+        check("embeddings", embeddings, (self.batch, block.frames, size), FLOATS, self._pool.pages)
+        if embeddings.shape[2] < 1:
+            raise ValueError(f"embeddings must have at least one channel, got shape {tuple(embeddings.shape)}")
+        return embeddings.detach()
+
+    def _remember(self, block: _Block, embeddings: torch.Tensor) -> None:
+        """Pages into the history, embeddings into the index."""
+        began = time.perf_counter()
+        sink, rows = self.config.sink, self.config.staging_rows
+        kept = range(max(sink, block.start), max(sink, block.end))  # sink frames are never retrieved
+        forgotten = self._pool.reserve(kept)
+        if self._index is None:
+            self._index = FrameIndex(self.batch, embeddings.shape[2], embeddings.dtype, self.device)
+        for frame in forgotten:
+            self._index.remove(frame)
+        for frame in kept:
+            self._pool.commit(frame, self._staging[:, :, frame % rows], window_slot(frame, sink, self.config.local))
+        self._counters["forgotten_frames"] += len(forgotten)
+        self._counters["non_finite_embeddings"] += self._index.append(range(block.start, block.end), embeddings)
+        self._seconds["commit"] += time.perf_counter() - began
+
+    def _choose(self, query: torch.Tensor) -> None:
+        """Chooses for the next block by the newest frame's embedding ``(B, E)``, and pins what must stay."""
+        began = time.perf_counter()
+        config, index = self.config, self._index
+        assert index is not None
+        end = candidate_end(self._expected, config.window, config.sink)
+        self._chosen, self._scores = torch.ops.longlive.topk_retrieve(
+            query,
+            index.embeddings,
+            index.ids,
+            index.length,
+            index.length.new_tensor([end]),
+            config.top_k,
+            first_frame=config.sink,
+            recent_exclude=config.recent_exclude,
+            normalized=True,
+            engine=self.engine,
+        )
+        self._seconds["retrieval"] += time.perf_counter() - began
+        self._pin({frame for row in self.selected for frame in row}, end - config.recent_exclude)
+
+    def _pin(self, chosen: set[int], eligible_end: int) -> None:
+        """Keeps the chosen frames, and those too new to be retrieved yet, from being given up."""
+        table = self._pool.table
+        recent = set(range(max(self.config.sink, eligible_end), self._expected))
+        wanted = chosen | recent
+        for frame in sorted(wanted - self._pinned):
+            table.pin(frame)
+        for frame in sorted(self._pinned - wanted):
+            table.unpin(frame)
+        for frame in sorted(chosen):
+            table.touch(frame)
+        self._pinned = wanted
+
+    def _check_history(self, history_slots: int | None) -> None:
+        config = self.config
+        if history_slots is None or config.top_k == 0:
+            return
+        # Frames too new to be retrieved, the next block, and what each sample has chosen must fit at once.
+        least = (
+            config.window - config.sink + config.recent_exclude + config.frames_per_block + self.batch * config.top_k
+        )
+        if check_int("history_slots", history_slots, 1) < least:
+            raise ValueError(
+                f"history_slots must be at least {least} (window - sink + recent_exclude + frames_per_block + batch * "
+                f"top_k), got {history_slots}"
+            )
+
+    def _split(self) -> tuple[int, int, int]:
+        time_channels, height, width = self.rope_split
+        return time_channels, height, width
+
+    def _extend_rope(self, positions: int) -> None:
+        """Grows the window's own rotary table; a given one is left as it is, and the op says when it is too short."""
+        if self._own_rope and positions > self.rope.shape[0]:
+            self.rope = rotary_table(
+                2 * self.rope.shape[1], 2 * positions, split=self._split(), dtype=self._rope_dtype, device=self.device
+            )
