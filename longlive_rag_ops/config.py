@@ -87,7 +87,7 @@ def candidate_end(start_frame: int, window: int, sink: int) -> int:
 
 
 def local_frames(start_frame: int, frames: int, sink: int, local: int) -> range:
-    """The local part while a block of ``frames`` frames starts at ``start_frame``: its newest ``local`` non-sink frames."""
+    """The local part while a block starts at ``start_frame``: its newest ``local`` non-sink frames."""
     end = start_frame + frames
     return range(min(max(sink, end - local), end), end)
 

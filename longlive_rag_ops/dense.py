@@ -1,4 +1,4 @@
-"""The dense engine: complex multiplication for rotation, a matrix product for the search, dense attention over the window run.
+"""The dense engine: rotation by complex products, search by a matrix product, dense attention over the window run.
 
 Same functions and arguments as `reference`, which they are tested against. On a CPU the attention is PyTorch's
 flash kernel, which reads the contiguous run of window slots in place.
@@ -193,7 +193,6 @@ def window_attend(
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One dense call for all samples that attend to the same contiguous run, else one call a sample."""
-    samples, length, heads, _ = q.shape
     tables = [list(range(run or 0))] if slots is None else [[s for s in row if s >= 0] for row in slots.tolist()]
     if all(table == tables[0] for table in tables):
         out, lse = _attend_slots(q, pool_layer, tables[0], scale, return_lse)
@@ -210,7 +209,7 @@ def _attend_slots(
     q: torch.Tensor, pool_layer: torch.Tensor, table: list[int], scale: float | None, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of all given samples to the same slots; ``q (B, S, Hq, D)``."""
-    samples, length, heads, head_dim = q.shape
+    samples, length, heads, _ = q.shape
     lse_shape = (samples, heads, length)
     if not table or length == 0 or samples == 0:
         empty = torch.full(lse_shape, -math.inf, dtype=lse_dtype(q.dtype), device=q.device)

@@ -100,7 +100,7 @@ def topk_retrieve(
     exclude: torch.Tensor | None = None,
     normalized: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames most similar to the query: ids ``(B, k)`` int64 and cosines ``(B, k)``, best first, -1 and -inf past the last."""
+    """Frames most similar to the query: ids and cosines ``(B, k)``, best first, -1 and -inf past the last."""
     samples = query.shape[0]
     score_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     ids = torch.full((samples, k), NO_FRAME, dtype=torch.int64, device=query.device)

@@ -4,8 +4,8 @@ The file's metadata has two JSON texts. ``config``: ``heads, head_dim, grid [h, 
 sink_frames, top_k, recent_exclude, frames_per_block, blocks, batch, forwards_per_block, embedding_dim, rope``. ``log``:
 one entry a block with ``start_frame`` and ``memory_frames`` (for each sample, most similar first; null for none).
 
-Tensors: ``blockBB.forwardF.q|k|v|out`` ``(batch, frames_per_block * tokens_per_frame, heads, head_dim)``, q, k, v before
-rotation; ``blockBB.embedding`` ``(batch, frames_per_block, embedding_dim)``.
+Tensors: ``blockBB.forwardF.q|k|v|out`` ``(batch, frames_per_block * tokens_per_frame, heads, head_dim)``, q, k, v
+before rotation; ``blockBB.embedding`` ``(batch, frames_per_block, embedding_dim)``.
 
 The format is read here, without the safetensors package, so that a trace can be replayed wherever torch is.
 """
@@ -23,9 +23,19 @@ import torch
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 MAX_HEADER = 100_000_000  # bytes; the limit of the format
 CONFIG_SIZES = (
-    "heads head_dim tokens_per_frame window_frames sink_frames top_k recent_exclude frames_per_block blocks batch "
-    "forwards_per_block embedding_dim"
-).split()
+    "heads",
+    "head_dim",
+    "tokens_per_frame",
+    "window_frames",
+    "sink_frames",
+    "top_k",
+    "recent_exclude",
+    "frames_per_block",
+    "blocks",
+    "batch",
+    "forwards_per_block",
+    "embedding_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def _check_tensors(path: Path, config: dict[str, Any], log: list[Any], tensors: 
         raise ValueError(f"trace {path}: log must have {config['blocks']} entries (config blocks), got {len(log)}")
     batch, frames = config["batch"], config["frames_per_block"]
     attention = (batch, frames * config["tokens_per_frame"], config["heads"], config["head_dim"])
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for block in range(config["blocks"]):
         expected[f"block{block:02d}.embedding"] = (batch, frames, config["embedding_dim"])
         for forward in range(config["forwards_per_block"]):

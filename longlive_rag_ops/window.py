@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from .assignment import FRAME, SOURCE, STAGED, advance_window, empty_window_state
-from .config import WindowConfig, candidate_end, check_int, window_slot
+from .config import WindowConfig, check_int
 from .engines import resolve_engine
-from .index import FrameIndex
+from .history import FrameHistory, check_history_slots
 from .ops.checks import FLOATS, check, check_rotary
 from .pool import HistoryPool
 from .rotary import default_split, rotary_table
@@ -99,7 +99,7 @@ class MemoryWindow:
         if rope is None:
             rope = rotary_table(head_dim, FIRST_POSITIONS, split=self._split(), dtype=self._rope_dtype, device=device)
         self.rope = rope
-        self._check_history(history_slots)
+        check_history_slots(history_slots, config, batch)
         self._pool = HistoryPool(
             config.window,
             layers=layers,
@@ -116,27 +116,22 @@ class MemoryWindow:
         self._staging = torch.zeros(
             layers, batch, config.staging_rows, tokens_per_frame, kv_heads, head_dim, dtype=dtype, device=device
         )
+        self._history = FrameHistory(config, self._pool, engine)
         self.reset()
 
     def reset(self) -> None:
         """Starts a new video: forgets every frame, embedding and counter, keeps the memory and settings."""
-        self._pool.clear()
-        self._index: FrameIndex | None = None
+        self._history.clear()
         self._block: _Block | None = None
         self._expected = 0  # start of the next block
         self._last_state = empty_window_state(self.batch, self.config.window, self.device)
-        self._chosen = torch.full((self.batch, self.config.top_k), -1, dtype=torch.int64, device=self.device)
-        self._scores = torch.zeros(self.batch, self.config.top_k, device=self.device)
-        self._pinned: set[int] = set()
         self._counters = dict.fromkeys(
             (
                 "blocks",
                 "frames",
-                "non_finite_embeddings",
                 "selected_frames",
                 "repeated_frames",
                 "placed_pages",
-                "forgotten_frames",
             ),
             0,
         )
@@ -204,14 +199,18 @@ class MemoryWindow:
             TypeError, ValueError: the embeddings are not allowed. The window is unchanged in every case.
         """
         block = self._finishable(start_frame)
+        began = time.perf_counter()
         if self.config.top_k > 0:
             embeddings = self._check_embeddings(embeddings, block)
-            self._remember(block, embeddings)
+            self._history.add(block.start, embeddings, self._staging)
         self._counters["blocks"] += 1
         self._counters["frames"] += block.frames
         self._last_state, self._block, self._expected = block.state, None, block.end
+        committed = time.perf_counter()
         if self.config.top_k > 0 and embeddings is not None:
-            self._choose(embeddings[:, -1])
+            self._history.choose(embeddings[:, -1], block.end)
+        self._seconds["commit"] += committed - began
+        self._seconds["retrieval"] += time.perf_counter() - committed
 
     @property
     def pool(self) -> torch.Tensor:
@@ -221,12 +220,12 @@ class MemoryWindow:
     @property
     def selected(self) -> list[list[int]]:
         """For each sample, the frames retrieved for the current block or, between blocks, the next; best first."""
-        return [[frame for frame in row if frame >= 0] for row in self._chosen.tolist()]
+        return [[frame for frame in row if frame >= 0] for row in self._history.chosen.tolist()]
 
     @property
     def selected_scores(self) -> list[list[float]]:
         """Cosine similarities of `selected`."""
-        chosen, scores = self._chosen.tolist(), self._scores.tolist()
+        chosen, scores = self._history.chosen.tolist(), self._history.scores.tolist()
         return [
             [score for frame, score in zip(*row, strict=True) if frame >= 0] for row in zip(chosen, scores, strict=True)
         ]
@@ -253,10 +252,12 @@ class MemoryWindow:
             "history": len(pool.table) * page,
             "history_reserved": pool.pages.nbytes - self.config.window * page,
             "staging": self._staging.nbytes,
-            "index": 0 if self._index is None else self._index.nbytes,
+            "index": 0 if self._history.index is None else self._history.index.nbytes,
         }
         return {
             **self._counters,
+            "non_finite_embeddings": self._history.non_finite,
+            "forgotten_frames": self._history.forgotten,
             "history_frames": len(pool.table),
             "bytes": held,
             "seconds": dict(self._seconds),
@@ -303,7 +304,7 @@ class MemoryWindow:
         config = self.config
         state = advance_window(
             self._last_state,
-            self._chosen,
+            self._history.chosen,
             self._pool.frame_slot,
             self._expected,
             frames,
@@ -321,7 +322,7 @@ class MemoryWindow:
     def _begin(self, block: _Block, layer: int) -> None:
         """Notes that a layer has attended (or is about to); the first one opens the block."""
         if self._block is None:
-            chosen = self._chosen
+            chosen = self._history.chosen
             memory = self._last_state[:, FRAME, self.config.window - self.config.top_k :]
             repeated = (chosen[:, :, None] == memory[:, None, :]).any(-1) & (chosen >= 0)
             self._counters["selected_frames"] += int((chosen >= 0).sum())
@@ -336,7 +337,7 @@ class MemoryWindow:
         check_int("layer", layer, 0, self.layers - 1)
         absolute = self.config.position_rule == "absolute"
         self._extend_rope(max(*grid, block.end if absolute else self.config.window))
-        index = self._index
+        index = self._history.index
         none = self._pool.pages.new_empty(self.batch, 0, 1)
         return {
             "pool_layer": self._pool.pages[layer],
@@ -381,75 +382,11 @@ class MemoryWindow:
             raise ValueError(f"embeddings must be given when top_k is {self.config.top_k}, got None")
         if not isinstance(embeddings, torch.Tensor):
             raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
-        size = None if self._index is None else self._index.embedding_dim
+        size = None if self._history.index is None else self._history.index.embedding_dim
         check("embeddings", embeddings, (self.batch, block.frames, size), FLOATS, self._pool.pages)
         if embeddings.shape[2] < 1:
             raise ValueError(f"embeddings must have at least one channel, got shape {tuple(embeddings.shape)}")
         return embeddings.detach()
-
-    def _remember(self, block: _Block, embeddings: torch.Tensor) -> None:
-        """Pages into the history, embeddings into the index."""
-        began = time.perf_counter()
-        sink, rows = self.config.sink, self.config.staging_rows
-        kept = range(max(sink, block.start), max(sink, block.end))  # sink frames are never retrieved
-        forgotten = self._pool.reserve(kept)
-        if self._index is None:
-            self._index = FrameIndex(self.batch, embeddings.shape[2], embeddings.dtype, self.device)
-        for frame in forgotten:
-            self._index.remove(frame)
-        for frame in kept:
-            self._pool.commit(frame, self._staging[:, :, frame % rows], window_slot(frame, sink, self.config.local))
-        self._counters["forgotten_frames"] += len(forgotten)
-        self._counters["non_finite_embeddings"] += self._index.append(range(block.start, block.end), embeddings)
-        self._seconds["commit"] += time.perf_counter() - began
-
-    def _choose(self, query: torch.Tensor) -> None:
-        """Chooses for the next block by the newest frame's embedding ``(B, E)``, and pins what must stay."""
-        began = time.perf_counter()
-        config, index = self.config, self._index
-        assert index is not None
-        end = candidate_end(self._expected, config.window, config.sink)
-        self._chosen, self._scores = torch.ops.longlive.topk_retrieve(
-            query,
-            index.embeddings,
-            index.ids,
-            index.length,
-            index.length.new_tensor([end]),
-            config.top_k,
-            first_frame=config.sink,
-            recent_exclude=config.recent_exclude,
-            normalized=True,
-            engine=self.engine,
-        )
-        self._seconds["retrieval"] += time.perf_counter() - began
-        self._pin({frame for row in self.selected for frame in row}, end - config.recent_exclude)
-
-    def _pin(self, chosen: set[int], eligible_end: int) -> None:
-        """Keeps the chosen frames, and those too new to be retrieved yet, from being given up."""
-        table = self._pool.table
-        recent = set(range(max(self.config.sink, eligible_end), self._expected))
-        wanted = chosen | recent
-        for frame in sorted(wanted - self._pinned):
-            table.pin(frame)
-        for frame in sorted(self._pinned - wanted):
-            table.unpin(frame)
-        for frame in sorted(chosen):
-            table.touch(frame)
-        self._pinned = wanted
-
-    def _check_history(self, history_slots: int | None) -> None:
-        config = self.config
-        if history_slots is None or config.top_k == 0:
-            return
-        # Frames too new to be retrieved, the next block, and what each sample has chosen must fit at once.
-        least = (
-            config.window - config.sink + config.recent_exclude + config.frames_per_block + self.batch * config.top_k
-        )
-        if check_int("history_slots", history_slots, 1) < least:
-            raise ValueError(
-                f"history_slots must be at least {least} (window - sink + recent_exclude + frames_per_block + batch * "
-                f"top_k), got {history_slots}"
-            )
 
     def _split(self) -> tuple[int, int, int]:
         time_channels, height, width = self.rope_split

@@ -59,7 +59,7 @@ def retrieve_attend(
         rope, rope_split, grid, q_weight, k_weight, eps: as in ``write_frames``.
         sink, top_k, recent_exclude: ``S``, ``K``, ``R`` of the window rules; ``W`` is the state's width.
         select: choose now. True on one call a block, before the others, or on none when the caller advanced the state.
-        place: True on a block's first forward in each layer; later forwards may say True too, at the cost of the copies.
+        place: True on a block's first forward in each layer; on a later one True only costs the copies again.
         count: occupied slots, when the caller knows them to be the same in every sample; saves reading the state.
         scale, return_lse: as in ``window_attend``.
         position_rule: ``slot`` or ``absolute``, see `WindowConfig`.

@@ -60,7 +60,7 @@ def has_readable_values(x: torch.Tensor) -> bool:
 
 
 def check_values(name: str, x: torch.Tensor, low: int, high: int) -> None:
-    """Checks that every element of an index table lies in ``[low, high]``; on a CPU only, elsewhere it would synchronise."""
+    """Checks that an index table lies in ``[low, high]``; on a CPU only, elsewhere it would synchronise."""
     if not has_readable_values(x):
         return
     smallest, largest = (int(end) for end in torch.aminmax(x))
@@ -241,7 +241,7 @@ def _check_pages(
 
 
 def _check_disjoint(slots: torch.Tensor, source: torch.Tensor, same_pool: bool) -> None:
-    """Targets must differ, and none may be a source of the same call: the result would depend on the order of copies."""
+    """Targets must differ, and none may be a source of the same call: the order of copies would decide."""
     for to, from_ in zip(slots.tolist(), source.tolist(), strict=True):
         pairs = [(slot, page) for slot, page in zip(to, from_, strict=True) if slot >= 0 and page >= 0]
         targets = [slot for slot, _ in pairs]
@@ -318,7 +318,8 @@ def check_retrieve(
         )
     if staging.shape[1] < local + frames:
         raise ValueError(
-            f"staging must have at least window - sink - top_k + {frames} = {local + frames} rows, got {staging.shape[1]}"
+            f"staging must have at least window - sink - top_k + {frames} = {local + frames} rows, "
+            f"got {staging.shape[1]}"
         )
     if pool_layer.shape[2] < window:
         raise ValueError(f"pool_layer must have at least window ({window}) slots, got {pool_layer.shape[2]}")

@@ -23,7 +23,7 @@ def topk_retrieve(
     normalized: bool = False,
     engine: str = "auto",
 ) -> Pair:
-    """Frames whose embeddings are most similar to the query's (cosine, accumulated in float32; LongLive-RAG, section 3).
+    """Frames whose embeddings are most similar to the query's (cosine in float32; LongLive-RAG, arXiv 2606.02553).
 
     Candidates are the frames ``first_frame <= id < end_frame - recent_exclude`` among the first ``index_length`` rows,
     decided by the row's id, never by its number. Equal scores: the older frame first. A zero embedding has
