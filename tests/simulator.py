@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -102,24 +103,30 @@ def rotary_split(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rotate(page: Tensor, time: int, grid: tuple[int, int]) -> Tensor:
-    """3-D rotary embedding of one frame's tokens `(h * w, heads, head_dim)` at temporal position `time`.
+@cache
+def turns(head_dim: int, time: int, grid: tuple[int, int]) -> Tensor:
+    """By what each channel pair of each token of a frame turns: `(h * w, 1, head_dim / 2)`, complex numbers of size 1.
 
-    Channels `2i` and `2i + 1` of a part of `c` channels turn as one complex number by `position * THETA ** (-2i / c)`.
+    A part of `c` channels turns its pair `i` by the angle `position * THETA ** (-2i / c)`.
     """
     h, w = grid
     token = torch.arange(h * w)
-    out, first = [], 0
     positions = (torch.full_like(token, time), token // w, token % w)
-    for position, channels in zip(positions, rotary_split(page.shape[-1]), strict=True):
+    angles = []
+    for position, channels in zip(positions, rotary_split(head_dim), strict=True):
         frequency = THETA ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-        angle = (position[:, None] * frequency)[:, None, :]  # (tokens, 1, channels / 2)
-        even = page[..., first : first + channels : 2]
-        odd = page[..., first + 1 : first + channels : 2]
-        turned = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())
-        out.append(torch.stack(turned, dim=-1).flatten(-2))
-        first += channels
-    return torch.cat(out, dim=-1)
+        angles.append(position[:, None] * frequency)
+    angle = torch.cat(angles, dim=-1)
+    return torch.polar(torch.ones_like(angle), angle)[:, None, :]
+
+
+def rotate(page: Tensor, time: int, grid: tuple[int, int]) -> Tensor:
+    """3-D rotary embedding of one frame's tokens `(h * w, heads, head_dim)` at temporal position `time`.
+
+    Channels `2i` and `2i + 1` are the real and the imaginary part of the complex number that turns.
+    """
+    pairs = torch.view_as_complex(page.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turns(page.shape[-1], time, grid)).flatten(-2)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,14 +174,18 @@ class Simulator:
     frames: int = 0  # finished frames: the start of the current block
     memory: list[list[int]] = field(default_factory=list)  # memory part of the last attended block, in slot order
     memory_start: int = -1
+    decided: dict[tuple[int, int, int], list[tuple[int, float]]] = field(default_factory=dict)  # only to save time
 
     def choices(self, sample: int) -> list[tuple[int, float]]:
         """(frame, score) retrieved for the current block, most similar first; the query is the last finished frame."""
         if self.rules.top_k == 0 or self.frames == 0:
             return []
-        allowed = [f for f in self.rules.candidates(self.frames) if f not in self.forgotten]
-        query = self.embeddings[sample, self.frames - 1]
-        return choose(query, {f: self.embeddings[sample, f] for f in allowed}, self.rules.top_k)
+        key = sample, self.frames, len(self.forgotten)
+        if key not in self.decided:
+            allowed = [f for f in self.rules.candidates(self.frames) if f not in self.forgotten]
+            query = self.embeddings[sample, self.frames - 1]
+            self.decided[key] = choose(query, {f: self.embeddings[sample, f] for f in allowed}, self.rules.top_k)
+        return self.decided[key]
 
     def selected(self, sample: int) -> list[int]:
         return [frame for frame, _ in self.choices(sample)]
