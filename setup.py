@@ -102,7 +102,9 @@ class CMakeBuild(build_ext):
         wanted, nvcc, reason = plan_cuda()
         cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Not self.build_temp: for an editable install that is a new folder each time, and everything is compiled again.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build_cuda = build.with_name(build.name + "-cuda")
         common = [
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_MAKE_PROGRAM={ninja}",  # given each time: in an isolated build the last one is gone
@@ -119,8 +121,8 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_CUDA_COMPILER={nvcc}",
                 f"-DCMAKE_CUDA_ARCHITECTURES={archs}",
             ]
-            if self.configure(cmake, build.with_name("cmake-cuda"), [*common, *cuda], must=wanted == "1"):
-                self.build_target(cmake, build.with_name("cmake-cuda"), target)
+            if self.configure(cmake, build_cuda, [*common, *cuda], must=wanted == "1"):
+                self.build_target(cmake, build_cuda, target)
                 return
             reason = f"{nvcc} cannot compile for {archs} (build with LONGLIVE_BUILD_CUDA=1 to see why)"
         say(f"building without CUDA sources: {reason}")
@@ -147,7 +149,7 @@ class CMakeBuild(build_ext):
     def build_target(self, cmake: str, build: Path, target: Path) -> None:
         done = subprocess.run([cmake, "--build", str(build), "--target", "_C"])
         if done.returncode != 0:
-            hint = "; LONGLIVE_BUILD_CUDA=0 leaves CUDA out" if build.name == "cmake-cuda" else ""
+            hint = "; LONGLIVE_BUILD_CUDA=0 leaves CUDA out" if build.name.endswith("-cuda") else ""
             raise BuildError(f"the compiler failed (exit status {done.returncode}, see above){hint}")
         # Copied, not built in place: with one output for several build folders, Ninja would take another one's for its own.
         target.parent.mkdir(parents=True, exist_ok=True)

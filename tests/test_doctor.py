@@ -29,7 +29,7 @@ def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads(json.dumps(doctor.collect()))
     assert report["package"]["version"] == __version__
-    assert report["libraries"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["libraries"]["torch"])  # the second may lack "+cu130"
     assert [row["name"] for row in report["engines"]] == [row["name"] for row in engines.report()]
 
 

@@ -1,0 +1,122 @@
+# Everything a newcomer needs: Python >= 3.10, a C++17 compiler and make. The rest comes from PyPI into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DEMO_OUT ?= demo_out
+BENCH_OUT ?= bench_out
+# The same list as in pyproject.toml, [build-system]. The extension is built without isolation: an isolated build makes
+# a new environment and compiles from nothing every time, this one reuses both, and CMake recompiles what has changed.
+BUILD_TOOLS = 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.13'
+EXTRAS = demo,dev,bench
+
+# What the extension module is built from: a change in one of these rebuilds it.
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+key = $(shell echo '$(1)' | cksum | cut -d ' ' -f 1)
+PIP = $(RUN) -m pip --disable-pip-version-check
+
+ifeq ($(VENV),none)
+RUN := $(PYTHON)
+BIN := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+INSTALLED := build/installed-$(call key,$(PYTHON)).stamp
+else
+RUN := $(VENV)/bin/python
+BIN := $(abspath $(VENV))/bin
+# A stamp for each version of torch: another TORCH=... is installed when it is asked for.
+TOOLS := $(VENV)/.tools-$(call key,$(TORCH))
+INSTALLED := $(VENV)/.installed-$(call key,$(TORCH))
+endif
+# cmake and ninja of the environment come first, then those of the system.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help setup demo test test-cpp test-python bench lint wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make setup   install the package and its tools into $(VENV) (editable), compile the C++ core'
+	@echo 'make demo    run the demo, results in $(DEMO_OUT)'
+	@echo 'make test    C++ tests and Python tests'
+	@echo 'make bench   microbenchmarks, results in $(BENCH_OUT)'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make wheel   build a wheel into dist'
+	@echo 'make clean   remove what was built ($(VENV) stays)'
+	@echo
+	@echo 'PYTHON=python3.12    the Python to use (>= 3.10)'
+	@echo 'VENV=none            use PYTHON as it is: nothing is downloaded, only this package is installed into it'
+	@echo "TORCH='torch==2.13.0'   what to install as torch; for the smaller CPU build from its own index, say"
+	@echo "                     TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
+	@echo 'LONGLIVE_BUILD_CUDA=auto|1|0   compile CUDA sources when nvcc is found | or fail | never'
+
+setup: $(INSTALLED)
+	@echo 'setup: ready, with $(RUN)'
+
+ifeq ($(VENV),none)
+$(INSTALLED): $(SOURCES)
+	@echo 'setup: installing longlive-rag-ops into $(PYTHON) (editable, no downloads)'
+	@$(PIP) install -q --no-build-isolation --no-deps -e .
+	@$(RUN) -c 'from longlive_rag_ops.build_info import summary; print("setup:", summary())'
+	@mkdir -p $(@D) && touch $@
+else
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "setup: Python >= 3.10 is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with PYTHON=...")'
+	@echo 'setup: creating $(VENV) with $(PYTHON)'
+	@$(PYTHON) -m venv $(VENV) || { echo 'setup: $(PYTHON) cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv.'; \
+	  echo 'setup: Or use a Python that already has the dependencies: make ... PYTHON=... VENV=none'; exit 1; }
+	@touch $@
+
+$(TOOLS): $(VENV)/.created
+	@echo 'setup: installing $(TORCH) and the build tools into $(VENV) (the first time this takes minutes)'
+	@$(PIP) install -q $(TORCH)
+	@$(PIP) install -q $(BUILD_TOOLS)
+	@rm -f $(VENV)/.tools-* $(VENV)/.installed-* && touch $@
+
+$(INSTALLED): $(TOOLS) $(SOURCES)
+	@echo 'setup: compiling and installing longlive-rag-ops[$(EXTRAS)] into $(VENV) (editable)'
+	@$(PIP) install -q --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(RUN) -c 'from longlive_rag_ops.build_info import summary; print("setup:", summary())'
+	@touch $@
+endif
+
+demo: $(INSTALLED)
+	@echo 'demo: writing to $(DEMO_OUT)'
+	@$(RUN) -m longlive_rag_ops demo --out $(DEMO_OUT)
+
+test: test-cpp test-python
+
+test-cpp: $(INSTALLED)
+	@if command -v cmake >/dev/null && command -v ninja >/dev/null; then \
+	  echo 'test: C++ tests' && \
+	  cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" -DLONGLIVE_PYTHON=OFF -DLONGLIVE_TESTS=ON >/dev/null && \
+	  cmake --build build/ctest >build/ctest/log && \
+	  (cd build/ctest && ctest --output-on-failure --no-tests=error) >>build/ctest/log 2>&1 && \
+	  grep 'tests passed' build/ctest/log || { cat build/ctest/log; exit 1; }; \
+	else echo 'test: C++ tests skipped, cmake and ninja are not on PATH'; fi
+
+test-python: $(INSTALLED)
+	@echo 'test: Python tests'
+	@$(RUN) -m pytest -q
+
+bench: $(INSTALLED)
+	@echo 'bench: writing to $(BENCH_OUT)'
+	@mkdir -p $(BENCH_OUT)
+	@$(RUN) -m pytest -q benchmarks --benchmark-only --benchmark-json=$(BENCH_OUT)/benchmarks.json
+
+lint: $(INSTALLED)
+	@for tool in ruff mypy; do \
+	  $(RUN) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$$tool') is None)" || \
+	  { echo "lint: $$tool is not installed in $(RUN)"; exit 1; }; done
+	@echo 'lint: ruff check' && $(RUN) -m ruff check .
+	@echo 'lint: ruff format' && $(RUN) -m ruff format --check .
+	@echo 'lint: mypy' && $(RUN) -m mypy
+
+wheel: $(INSTALLED)
+	@echo 'wheel: building into dist'
+	@rm -rf build/lib.* build/bdist.*  # setuptools would pack what an older build left there
+	@$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	@ls -l dist/*.whl
+
+clean:
+	@echo 'clean: removing build products and caches ($(VENV) stays)'
+	@rm -rf build dist wheelhouse *.egg-info longlive_rag_ops/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf $(DEMO_OUT) $(BENCH_OUT) $(wildcard $(VENV)/.installed-*)
+	@find longlive_rag_ops triton_kernels tests -name __pycache__ -prune -exec rm -rf {} +
