@@ -159,22 +159,25 @@ def place_frames(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """A plain copy where the temporal position is 0, else a copy whose temporal channels turn on the way."""
-    compute, time = lse_dtype(pool_layer.dtype), rope_split[0]
+    """A plain copy where the temporal position is 0, else one complex product of the whole page.
+
+    The product runs over the same axes as in `write_frames`, so that a page placed again has the same bits as one
+    placed when it was written; spatial channels are multiplied by ``1 + 0i``.
+    """
+    compute = lse_dtype(pool_layer.dtype)
     keys = pool_layer[0] if k_pages is None else k_pages
     values = pool_layer[1] if k_pages is None else v_pages
-    table = torch.view_as_complex(rope[:, : time // 2].to(compute))
+    table = torch.view_as_complex(rope[:, : rope_split[0] // 2].to(compute))
+    still = table.new_ones(pool_layer.shape[3], rope.shape[1] - table.shape[1])  # (T, pairs of height and width)
     for b, (to, from_, at) in enumerate(zip(slots.tolist(), source.tolist(), positions.tolist(), strict=True)):
         for slot, page, position in zip(to, from_, at, strict=True):
             if slot < 0 or page < 0:
                 continue
-            target = pool_layer[0, b, slot]
             key = _dequantise(keys[b, page], None if k_scale is None else k_scale[b, page], compute)
             if position == 0:
-                target.copy_(key)
+                pool_layer[0, b, slot].copy_(key)
             else:
-                target[..., time:] = key[..., time:]
-                _multiply_into(target[..., :time], _as_complex(key[..., :time], compute), table[position])
+                _multiply_into(pool_layer[0, b, slot], _as_complex(key, compute), _full_phase(table[position], still))
             if values is not None:
                 scale = None if v_scale is None else v_scale[b, page]
                 pool_layer[1, b, slot].copy_(_dequantise(values[b, page], scale, compute))

@@ -1,0 +1,167 @@
+"""Inputs for op tests: one set of valid arguments an op, in any dtype, contiguous or strided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longlive_rag_ops.assignment import empty_window_state
+from longlive_rag_ops.rotary import default_split, rotary_table
+
+GRID = (2, 3)
+TOKENS = 6
+BLOCK = 2  # frames in a block
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values as every second element of a larger buffer, in each of the last two axes but the innermost."""
+    shape = (*x.shape[:-2], 2 * x.shape[-2] + 1, x.shape[-1] + 6)
+    wide = torch.full(shape, torch.nan if x.is_floating_point() else 99).to(x.dtype)
+    view = wide[..., 1::2, 4:-2]
+    view.copy_(x)
+    assert not view.is_contiguous() or x.numel() == 0
+    return view
+
+
+def block(
+    dtype: torch.dtype = torch.float32,
+    samples: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    seed: int = 0,
+    slots: int = 9,
+) -> dict[str, Any]:
+    """q, k, v of a block, a pool and a staging buffer full of numbers, a rotary table."""
+    rng = generator(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
+
+    return {
+        "q": normal(samples, BLOCK * TOKENS, heads, head_dim),
+        "k": normal(samples, BLOCK * TOKENS, kv_heads, head_dim),
+        "v": normal(samples, BLOCK * TOKENS, kv_heads, head_dim),
+        "pool_layer": normal(2, samples, slots, TOKENS, kv_heads, head_dim),
+        "staging": normal(samples, 7, TOKENS, kv_heads, head_dim),
+        "rope": rotary_table(head_dim, 64, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+        "rope_split": list(default_split(head_dim)),
+        "grid": list(GRID),
+    }
+
+
+def topk(dtype: torch.dtype = torch.float32, rows: int = 20, embedding: int = 8, seed: int = 0) -> dict[str, Any]:
+    rng = generator(seed)
+    ids = torch.stack([torch.randperm(rows, generator=rng) for _ in range(2)])
+    return {
+        "query": torch.randn(2, embedding, generator=rng, dtype=torch.float64).to(dtype),
+        "index": torch.randn(2, rows, embedding, generator=rng, dtype=torch.float64).to(dtype),
+        "index_ids": ids,
+        "index_length": torch.tensor([rows - 3]),
+        "end_frame": torch.tensor([rows - 2]),
+        "k": 5,
+        "first_frame": 1,
+        "recent_exclude": 2,
+    }
+
+
+def write(dtype: torch.dtype = torch.float32, weights: bool = False, **sizes: int) -> dict[str, Any]:
+    case = block(dtype, **sizes)
+    case |= {
+        "slots": torch.tensor([3, 1]),
+        "staging_rows": torch.tensor([6, 0]),
+        "positions": torch.tensor([7, 8]),
+    }
+    if weights:
+        for name in "qk":
+            heads, head_dim = case[name].shape[2:]
+            case[f"{name}_weight"] = torch.rand(heads * head_dim, generator=generator(3)).to(dtype) + 0.5
+    return case
+
+
+def place(dtype: torch.dtype = torch.float32, pages: str = "pool", **sizes: int) -> dict[str, Any]:
+    """``pages``: pool, keys (a buffer of keys alone), int8 or fp8 (quantised keys and values)."""
+    inputs = block(dtype, **sizes)
+    case = {name: inputs[name] for name in ("pool_layer", "rope", "rope_split")}
+    case |= {
+        "slots": torch.tensor([[0, 2, -1], [1, 0, 3]]),
+        "source": torch.tensor([[5, 6, 5], [6, -1, 4]]),
+        "positions": torch.tensor([[0, 9, 1], [0, 3, 63]]),
+    }
+    if pages == "keys":
+        case["k_pages"] = inputs["staging"]
+    elif pages != "pool":
+        store = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[pages]
+        for offset, name in enumerate("kv"):
+            values = torch.randn(inputs["staging"].shape, generator=generator(5 + offset))
+            scale = values.abs().amax(-1) / (127 if pages == "int8" else 448)
+            quantised = values / scale[..., None]
+            case[f"{name}_pages"] = (quantised.round() if pages == "int8" else quantised).to(store)
+            case[f"{name}_scale"] = scale.to(torch.float16)
+    return case
+
+
+def attend(dtype: torch.dtype = torch.float32, table: str = "slots", **sizes: int) -> dict[str, Any]:
+    """``table``: slots (holes, another order in each sample), run, empty (one sample has nothing to attend to)."""
+    inputs = block(dtype, **sizes)
+    case = {"q": inputs["q"], "pool_layer": inputs["pool_layer"], "return_lse": True}
+    if table == "run":
+        case["run"] = 5
+    else:
+        first = [-1, -1, -1, -1] if table == "empty" else [4, -1, 0, 7]
+        case["slots"] = torch.tensor([first, [1, 2, 3, -1]])
+    return case
+
+
+def retrieve(dtype: torch.dtype = torch.float32, select: bool = True, **sizes: int) -> dict[str, Any]:
+    """The first block of a video, or with ``start`` blocks before it done by the caller."""
+    case = block(dtype, **sizes)
+    samples = case["q"].shape[0]
+    case |= {
+        "window_state": empty_window_state(samples, 6),
+        "index": torch.randn(samples, 8, 4, generator=generator(9)),
+        "index_ids": torch.arange(8).repeat(samples, 1),
+        "index_length": torch.tensor([0]),
+        "frame_slot": torch.full((samples, 8), -1),
+        "start_frame": torch.tensor([0]),
+        "sink": 1,
+        "top_k": 2,
+        "recent_exclude": 1,
+        "select": select,
+        "place": True,
+        "return_lse": True,
+    }
+    return case
+
+
+def merge(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    rng = generator(2)
+    lses = torch.randn(3, 2, 4, 5, generator=rng)
+    lses[1, 0] = -torch.inf
+    lses[:, 1, 2] = -torch.inf
+    return {"outs": torch.randn(3, 2, 5, 4, 8, generator=rng).to(dtype), "lses": lses}
+
+
+ALL = {
+    "topk_retrieve": topk,
+    "write_frames": write,
+    "place_frames": place,
+    "window_attend": attend,
+    "retrieve_attend": retrieve,
+    "merge_attention": merge,
+}
+
+
+def clone(case: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose tensors may be mutated; strides are kept."""
+    return {
+        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in case.items()
+    }
