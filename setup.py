@@ -151,7 +151,7 @@ class CMakeBuild(build_ext):
         if done.returncode != 0:
             hint = "; LONGLIVE_BUILD_CUDA=0 leaves CUDA out" if build.name.endswith("-cuda") else ""
             raise BuildError(f"the compiler failed (exit status {done.returncode}, see above){hint}")
-        # Copied, not built in place: with one output for several build folders, Ninja would take another one's for its own.
+        # Copied, not built in place: of one output for two build folders, Ninja would take the other's for its own.
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
 

@@ -39,8 +39,8 @@ def build_info() -> dict[str, Any]:
     """What the extension module was built from; never raises.
 
     ``available`` (bool) and ``reason`` (str or None, why it is not) are always there. When it is available, so are
-    ``version``, ``compiler``, ``build_type``, ``cxx_standard``, ``python``, ``pybind11``, ``cuda`` (bool), ``cuda_reason``
-    (why CUDA sources were not compiled) and ``cuda_archs`` (CMake's list of architectures).
+    ``version``, ``compiler``, ``build_type``, ``cxx_standard``, ``python``, ``pybind11``, ``cuda`` (bool),
+    ``cuda_reason`` (why CUDA sources were not compiled) and ``cuda_archs`` (CMake's list of architectures).
     """
     try:
         module = extension()

@@ -102,8 +102,12 @@ def test_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
         "devices": [{"name": "Test GPU", "capability": [9, 0], "memory_bytes": 80 * 2**30, "multiprocessors": 132}],
     }
     report["extension"] = {
-        **{key: "x" for key in ("version", "compiler", "build_type", "python")},
-        **{"available": True, "reason": None, "cuda": True, "cuda_reason": None, "cuda_archs": "80-real;90-real"},
+        **dict.fromkeys(("version", "compiler", "build_type", "python"), "x"),
+        "available": True,
+        "reason": None,
+        "cuda": True,
+        "cuda_reason": None,
+        "cuda_archs": "80-real;90-real",
     }
     seen = {"name": "Test GPU", "capability": [9, 0], "image": 90, "image_error": None}
     old = {"name": "Old GPU", "capability": [7, 0], "image": 0, "image_error": "no kernel image"}

@@ -91,9 +91,9 @@ class Model:
         return [f for f in self.slots if f not in self.pinned] + [f for f in self.slots if f in self.pinned]
 
 
-def outcome(call: Callable[[], object]) -> object:
+def outcome(call: Callable[..., object], *arguments: object) -> object:
     try:
-        return call()
+        return call(*arguments)
     except (ValueError, RuntimeError) as error:
         return type(error)
 
@@ -101,7 +101,7 @@ def outcome(call: Callable[[], object]) -> object:
 def run_against_model(capacity: int, first: int, calls: list[tuple[str, tuple[object, ...]]]) -> None:
     table, model = SlotTable(capacity, first), Model(capacity, first)
     for name, arguments in calls:
-        got, expected = (outcome(lambda o=o: getattr(o, name)(*arguments)) for o in (table, model))
+        got, expected = outcome(getattr(table, name), *arguments), outcome(getattr(model, name), *arguments)
         assert got == expected, (name, arguments)
         assert table.frames() == model.frames()
         assert len(table) == len(model.slots)
@@ -209,9 +209,7 @@ def test_whatever_is_an_integer_is_taken() -> None:
         (lambda t: t.grow(2**31), ValueError, r"new_capacity must be in 1 \.\. 2147483647"),
     ],
 )
-def test_errors_name_the_argument(
-    call: Callable[[SlotTable], object], error: type[Exception], message: str
-) -> None:
+def test_errors_name_the_argument(call: Callable[[SlotTable], object], error: type[Exception], message: str) -> None:
     table = SlotTable(2)
     table.acquire(1)
     with pytest.raises(error, match=message):
