@@ -1,0 +1,65 @@
+"""``longlive-rag demo``: a real video through the memory window, with a report and pictures."""
+
+import argparse
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="stream a real video through the memory window and show what it retrieves",
+        description="Streams a real video through a small frozen transformer whose attention retrieves old frames, and "
+        "writes report.json, contact sheets and similarity maps. Without --video, two edits of sample clips are used, "
+        "fetched once with pip: one in which a scene returns, one in which none does.",
+    )
+    parser.add_argument(
+        "--video", metavar="FILE", help="video file, or sample:NAME (default: two edits of sample clips)"
+    )
+    parser.add_argument(
+        "--out", default="longlive_demo", metavar="DIR", help="folder to write to (default %(default)s)"
+    )
+    frames = parser.add_argument_group("window sizes in latent frames (four video frames each)")
+    frames.add_argument("--window", type=int, default=12, metavar="W", help="frames attended to (default %(default)s)")
+    frames.add_argument("--sink", type=int, default=1, metavar="S", help="first frames kept (default %(default)s)")
+    frames.add_argument("--top-k", type=int, default=6, metavar="K", help="frames retrieved (default %(default)s)")
+    frames.add_argument(
+        "--recent-exclude",
+        type=int,
+        default=5,
+        metavar="R",
+        help="newest evicted frames left out (default %(default)s)",
+    )
+    parser.add_argument("--blocks", type=int, default=0, metavar="N", help="stream at most N blocks of 3 latent frames")
+    parser.add_argument(
+        "--size", default="320x176", metavar="WxH", help="frame size, multiples of 16 (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and noise (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="CPU threads, 0: torch's choice (default 1)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..demo.settings import DemoSettings, parse_size
+    from ..demo.show import show
+    from ..demo.table import summary_text
+
+    settings = DemoSettings(
+        window=args.window,
+        sink=args.sink,
+        top_k=args.top_k,
+        recent_exclude=args.recent_exclude,
+        size=parse_size(args.size),
+        blocks=args.blocks,
+        seed=args.seed,
+        threads=args.threads,
+    )
+    shown = show(args.video, args.out, settings, progress=not args.quiet)
+    print(summary_text(shown.report))
+    print(f"report:   {shown.report_path}")
+    for picture in shown.pictures:
+        print(f"picture:  {picture}")
+    return 0

@@ -1,0 +1,32 @@
+"""Colours and a drawing surface shared by the pictures."""
+
+from typing import Any
+
+from .extras import need
+from .footage import Footage, Scene
+
+__all__ = ["figure", "save", "scene_colour"]
+
+_SHOTS = ("#1f6fb4", "#d9730d", "#2e8b57", "#8e44ad", "#b03a2e", "#7f6a00")
+UNKNOWN = "#555555"
+DPI = 110
+
+
+def scene_colour(footage: Footage, scene: Scene | None) -> str:
+    """One colour a shot: a returning scene has the colour of the first time it was seen."""
+    if scene is None:
+        return UNKNOWN
+    shots = list(dict.fromkeys(s.shot for s in footage.scenes))
+    return _SHOTS[shots.index(scene.shot) % len(_SHOTS)]
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty white figure, inches; no display is needed."""
+    module = need("matplotlib.figure", "drawing the pictures")
+    return module.Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+
+
+def save(drawn: Any, path: Any) -> None:
+    """Writes a PNG."""
+    need("matplotlib.backends.backend_agg", "drawing the pictures").FigureCanvasAgg(drawn)
+    drawn.savefig(path, format="png", dpi=DPI)

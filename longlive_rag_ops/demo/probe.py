@@ -1,0 +1,106 @@
+"""Attention mass over the full history, exactly.
+
+What would a block attend to if it could attend to everything? For each layer of the clean forward, the block's
+queries are taken against every finished frame and the block itself: sink and local frames where the window has them,
+every other frame from its canonical page at temporal position 0, where a retrieved frame would sit. No score matrix
+of the whole history is made: ``window_attend`` gives the log-sum-exp of each frame alone, and a frame's share is
+``exp(lse_frame - lse_all)``, averaged over queries, heads and layers.
+
+Position 0 favours nobody among old frames, but a plain sliding window would hold its newest frames at their own
+positions. So a second set of shares is measured with the newest ``W - S`` frames there, everything else the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .. import reference
+from ..config import WindowConfig, temporal_position
+from ..rotary import default_split, rotary_table
+from ..window import MemoryWindow
+
+__all__ = ["Masses", "Probe"]
+
+
+@dataclass(frozen=True)
+class Masses:
+    """Share of attention per frame (frames,) float64, each array summing to 1.
+
+    ``placed``: old frames at temporal position 0. ``sliding``: the newest ``W - S`` frames at their own positions.
+    ``by_layer`` (layers, frames): ``placed`` before averaging over layers.
+    """
+
+    placed: NDArray[np.float64]
+    sliding: NDArray[np.float64]
+    by_layer: NDArray[np.float64]
+
+
+class Probe:
+    """Measures one window; ``head_dim`` and ``grid`` are the model's."""
+
+    def __init__(self, window: MemoryWindow, config: WindowConfig, head_dim: int, grid: tuple[int, int]) -> None:
+        self.window, self.config, self.grid = window, config, grid
+        self.split = default_split(head_dim)
+        self.rope = rotary_table(head_dim)
+
+    def rotated(self, q: torch.Tensor, start: int) -> torch.Tensor:
+        """Queries (1, n * T, H, D) as the layer rotated them for the block starting at ``start``."""
+        frames = q.shape[1] // (self.grid[0] * self.grid[1])
+        positions = torch.tensor([self._position(start + i, start, frames) for i in range(frames)])
+        return reference.rotate(q, self.rope, self.split, self.grid, positions)
+
+    def _position(self, frame: int, start: int, frames: int) -> int:
+        c = self.config
+        return temporal_position(frame, start, frames, c.window, c.sink, c.position_rule)
+
+    @torch.no_grad()
+    def measure(self, queries: Sequence[torch.Tensor], start: int) -> Masses:
+        """Shares for a block whose clean forward has attended but which is not finished yet.
+
+        Args:
+            queries: per layer (1, n * T, H, D), not rotated.
+            start: the block's first frame.
+        """
+        layers = [self._layer(layer, self.rotated(q, start), start) for layer, q in enumerate(queries)]
+        placed = torch.stack([placed for placed, _ in layers])
+        sliding = torch.stack([sliding for _, sliding in layers])
+        return Masses(placed.mean(0).numpy(), sliding.mean(0).numpy(), placed.numpy())
+
+    def _layer(self, layer: int, q: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(placed, sliding) shares of one layer, (frames,) float64 each; ``q`` is rotated."""
+        c, pool = self.config, self.window.pool[layer]
+        frames = q.shape[1] // pool.shape[3]
+        end = start + frames
+        held = {frame: slot for slot, frame in enumerate(self.window.window_frames[0])}
+        retrieved = set(self.window.selected[0])
+        parts = []
+        for frame in range(end):
+            in_place = frame in held and frame not in retrieved
+            slot = held[frame] if in_place else self.window.history_slot(frame)
+            parts.append(self._log_sum_exp(q, pool[:, :, slot : slot + 1]))
+        placed = torch.stack(parts)
+        # The frames that a sliding window of W frames would hold besides those held in place already.
+        for frame in range(max(c.sink, end - (c.window - c.sink)), start):
+            if frame in held and frame not in retrieved:
+                continue
+            slot, position = self.window.history_slot(frame), self._position(frame, start, frames)
+            page = torch.empty_like(pool[:, :, :1])
+            zero = torch.zeros(1, 1, dtype=torch.int64)
+            source = pool[:, :, slot : slot + 1]
+            reference.place_frames(page, zero, zero, zero + position, self.rope, self.split, source[0], source[1])
+            parts[frame] = self._log_sum_exp(q, page)
+        return self._shares(placed), self._shares(torch.stack(parts))
+
+    @staticmethod
+    def _log_sum_exp(q: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+        """Log-sum-exp (H, n * T) float64 of scores against one page (2, 1, 1, T, H, D)."""
+        lse: torch.Tensor = torch.ops.longlive.window_attend(q, page, run=1, return_lse=True)[1]
+        return lse[0].double()
+
+    @staticmethod
+    def _shares(log_sum_exp: torch.Tensor) -> torch.Tensor:
+        """(frames, H, n * T) -> (frames,): softmax over frames, then the mean over heads and queries."""
+        return log_sum_exp.softmax(0).mean((1, 2))

@@ -1,0 +1,72 @@
+"""What the demo can be asked for."""
+
+from dataclasses import dataclass
+
+from ..config import WindowConfig
+from .video import Size, check_size
+
+__all__ = ["FRAMES_PER_BLOCK", "DemoSettings", "parse_size"]
+
+FRAMES_PER_BLOCK = 3
+
+
+def parse_size(text: str) -> Size:
+    """Reads ``"320x176"``; ValueError for anything that is not two multiples of 16."""
+    width, separator, height = text.lower().partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"--size: got {text!r}; must be WIDTHxHEIGHT in pixels, such as 320x176")
+    try:
+        return check_size((int(width), int(height)))
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Options of a run; window sizes are in latent frames and default to those of the published method.
+
+    ``blocks`` limits how much is streamed (0: all of a sample clip, at most ``OWN_VIDEO_BLOCKS`` of an own video).
+    ``threads`` 0 leaves torch's own choice. The default is one: matrices are small here, and on a machine that is busy
+    with something else, threads that wait for each other make the demo several times slower.
+    """
+
+    window: int = 12
+    sink: int = 1
+    top_k: int = 6
+    recent_exclude: int = 5
+    size: Size = (320, 176)
+    blocks: int = 0
+    seed: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        if self.blocks < 0:
+            raise ValueError(f"--blocks: got {self.blocks}; must be 0 (no limit asked for) or positive")
+        if self.threads < 0:
+            raise ValueError(f"--threads: got {self.threads}; must be 0 (torch's choice) or positive")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed: got {self.seed}; must be in 0..2147483647")
+        if self.top_k < 1:
+            raise ValueError(f"--top-k: got {self.top_k}; must be positive (the demo shows what is retrieved)")
+        self.window_config()
+
+    def window_config(self) -> WindowConfig:
+        """The window of a run; ValueError where the sizes do not fit together."""
+        return WindowConfig(
+            window=self.window,
+            sink=self.sink,
+            top_k=self.top_k,
+            recent_exclude=self.recent_exclude,
+            frames_per_block=FRAMES_PER_BLOCK,
+        )
+
+    @property
+    def shortest(self) -> int:
+        """Latent frames before which no block can retrieve anything, that block included (whole blocks)."""
+        # A block starting at frame t has t - window - recent_exclude candidates.
+        first = -(-(self.window + self.recent_exclude + 1) // FRAMES_PER_BLOCK) * FRAMES_PER_BLOCK
+        return first + FRAMES_PER_BLOCK
+
+
+OWN_VIDEO_BLOCKS = 100

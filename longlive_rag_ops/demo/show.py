@@ -1,0 +1,113 @@
+"""The whole demo: decode, stream, measure, draw, report."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .codec import Codec
+from .contact_sheet import draw_contact_sheet
+from .coverage_chart import draw_coverage_chart
+from .extras import need
+from .footage import EDITS, Footage, load_edit, load_video
+from .measures import WindowRule
+from .model import WEIGHT_KINDS
+from .report import build_report, write_report
+from .settings import FRAMES_PER_BLOCK, DemoSettings
+from .similarity_map import draw_similarity_map
+from .stream import Streamed, stream
+
+__all__ = ["Shown", "show"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The report and where everything lies."""
+
+    report: dict[str, Any]
+    report_path: Path
+    pictures: tuple[Path, ...]
+
+
+def _prepare(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--out: got {str(out)!r}, which cannot be written ({error.strerror or error}); it must be a folder that "
+            "exists or can be made"
+        ) from error
+
+
+def _load(video: str | Path | None, codec: Codec, settings: DemoSettings, tick: Callable[[], None]) -> list[Footage]:
+    if video is not None:
+        return [load_video(video, codec, settings, tick)]
+    return [load_edit(edit, codec, settings, tick) for edit in EDITS]
+
+
+def show(video: str | Path | None, out: str | Path, settings: DemoSettings, *, progress: bool = True) -> Shown:
+    """Runs the demo.
+
+    Args:
+        video: a file, ``sample:NAME``, or None for the two edits of sample clips.
+        out: folder for ``report.json`` and the pictures; made where it does not exist.
+        settings: window sizes, seed and the like.
+        progress: show progress bars on standard error.
+
+    Raises:
+        ValueError: a video that cannot be read or is too short; settings that do not fit; a folder that cannot be
+            written.
+        RuntimeError: a missing optional dependency; sample clips that cannot be fetched.
+    """
+    began = time.perf_counter()
+    bar = need("tqdm", "showing progress").tqdm
+    # Asked for now: a missing module is better found before the work than after it.
+    need("matplotlib.figure", "drawing the pictures")
+    need("av", "reading a video")
+    folder = Path(out)
+    _prepare(folder)
+    threads = torch.get_num_threads()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    try:
+        codec = Codec.shipped()
+        with bar(desc="decoding", unit=" latent frames", disable=not progress) as decoding:
+            footages = _load(video, codec, settings, decoding.update)
+        runs: list[Streamed] = []
+        for footage in footages:
+            for weights in WEIGHT_KINDS:
+                blocks = footage.frames // FRAMES_PER_BLOCK
+                with bar(total=blocks, desc=f"{footage.name}, {weights}", unit="block", disable=not progress) as line:
+                    runs.append(stream(footage, weights, settings, line.update))
+        pictures = _draw(runs, folder, settings)
+        report = build_report(runs, codec, settings)
+    finally:
+        torch.set_num_threads(threads)
+    report["pictures"] = [picture.name for picture in pictures]
+    report["seconds"] = round(time.perf_counter() - began, 2)
+    path = folder / "report.json"
+    write_report(report, path)
+    return Shown(report, path, tuple(pictures))
+
+
+def _draw(runs: Sequence[Streamed], folder: Path, settings: DemoSettings) -> list[Path]:
+    """Three pictures a footage; what was retrieved is the same for all weights."""
+    rule = WindowRule(settings.window, settings.sink, settings.top_k)
+    groups: dict[str, list[Streamed]] = {}
+    for run in runs:
+        groups.setdefault(run.footage.name, []).append(run)
+    pictures = []
+    for name, group in groups.items():
+        ending = "" if name in ("return", "video") else f"_{name.replace('-', '_')}"
+        paths = [folder / f"{kind}{ending}.png" for kind in ("contact_sheet", "similarity_map", "coverage")]
+        draw_contact_sheet(group[0], paths[0])
+        draw_similarity_map(group[0], paths[1])
+        draw_coverage_chart(group, rule, paths[2])
+        pictures += paths
+    return pictures
