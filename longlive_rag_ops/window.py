@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .assignment import FRAME, SOURCE, STAGED, advance_window, empty_window_state
+from .blocks import Block, BlockSequence
 from .config import WindowConfig, check_int
 from .engines import resolve_engine
 from .history import FrameHistory, check_history_slots
@@ -18,22 +18,6 @@ from .pool import HistoryPool
 from .rotary import default_split, rotary_table
 
 FIRST_POSITIONS = 1024  # rows of the rotary table before any frame asks for more
-
-
-@dataclass
-class _Block:
-    """The block being generated: its frames, the window state it attends with, the layers that have seen it."""
-
-    start: int
-    frames: int
-    state: torch.Tensor  # (B, 4, W)
-    start_frame: torch.Tensor  # (1,) on the device
-    count: int | None  # occupied slots, None where samples differ
-    layers: set[int] = field(default_factory=set)
-
-    @property
-    def end(self) -> int:
-        return self.start + self.frames
 
 
 class MemoryWindow:
@@ -122,8 +106,7 @@ class MemoryWindow:
     def reset(self) -> None:
         """Starts a new video: forgets every frame, embedding and counter, keeps the memory and settings."""
         self._history.clear()
-        self._block: _Block | None = None
-        self._expected = 0  # start of the next block
+        self._blocks = BlockSequence(self.layers, self.config.frames_per_block)
         self._last_state = empty_window_state(self.batch, self.config.window, self.device)
         self._counters = dict.fromkeys(
             (
@@ -198,14 +181,15 @@ class MemoryWindow:
             RuntimeError: no such block is open, a layer has not attended, or ``history_slots`` are used up.
             TypeError, ValueError: the embeddings are not allowed. The window is unchanged in every case.
         """
-        block = self._finishable(start_frame)
+        block = self._blocks.finishable(start_frame)
         began = time.perf_counter()
         if self.config.top_k > 0:
             embeddings = self._check_embeddings(embeddings, block)
             self._history.add(block.start, embeddings, self._staging)
         self._counters["blocks"] += 1
         self._counters["frames"] += block.frames
-        self._last_state, self._block, self._expected = block.state, None, block.end
+        self._last_state = block.state
+        self._blocks.close(block)
         committed = time.perf_counter()
         if self.config.top_k > 0 and embeddings is not None:
             self._history.choose(embeddings[:, -1], block.end)
@@ -233,7 +217,7 @@ class MemoryWindow:
     @property
     def window_frames(self) -> list[list[int]]:
         """For each sample, the frames in the window slots of the current (or last) block: sink, local, memory."""
-        state = self._last_state if self._block is None else self._block.state
+        state = self._last_state if self._blocks.open is None else self._blocks.open.state
         return [[frame for frame in row if frame >= 0] for row in state[:, FRAME].tolist()]
 
     def history_slot(self, frame: int) -> int:
@@ -263,11 +247,9 @@ class MemoryWindow:
             "seconds": dict(self._seconds),
         }
 
-    # Blocks -----------------------------------------------------------------------------------------------------
-
     def _frames_of(self, q: torch.Tensor) -> int:
-        if q.dim() != 4:
-            raise ValueError(f"q must have shape (samples, tokens, heads, head_dim), got {tuple(q.shape)}")
+        pages = self._pool.pages
+        check("q", q, (self.batch, None, None, pages.shape[-1]), (pages.dtype,), pages)
         if q.shape[1] == 0 or q.shape[1] % self.tokens_per_frame:
             raise ValueError(
                 f"q must hold a whole number of frames of {self.tokens_per_frame} tokens (tokens_per_frame), at least "
@@ -275,38 +257,18 @@ class MemoryWindow:
             )
         return int(q.shape[1] // self.tokens_per_frame)
 
-    def _block_at(self, start_frame: int, frames: int) -> _Block:
-        """The open block, or the next one, not yet begun."""
-        check_int("start_frame", start_frame, 0)
-        check_int("q's number of frames", frames, 1, self.config.frames_per_block)
-        block = self._block
+    def _block_at(self, start_frame: int, frames: int) -> Block:
+        """The open block, or the next one, which only `_begin` opens: until then a rejected call leaves no trace."""
+        block = self._blocks.find(start_frame, frames)
         if block is not None:
-            if start_frame > block.start:
-                raise RuntimeError(
-                    f"start_frame {start_frame} is later than the current block's, {block.start}: call "
-                    f"finish({block.start}, ...) first"
-                )
-            if start_frame < block.start:
-                raise RuntimeError(f"start_frame {start_frame} is earlier than the current block's, {block.start}")
-            if frames != block.frames:
-                raise ValueError(f"q must hold the current block's {block.frames} frames in every call, got {frames}")
             return block
-        if start_frame != self._expected:
-            relation = "earlier" if start_frame < self._expected else "later"
-            raise RuntimeError(
-                f"start_frame {start_frame} is {relation} than the next block's, {self._expected}: blocks follow one "
-                "another without a gap, and a finished block is final"
-            )
-        return self._next_block(frames)
-
-    def _next_block(self, frames: int) -> _Block:
         began = time.perf_counter()
         config = self.config
         state = advance_window(
             self._last_state,
             self._history.chosen,
             self._pool.frame_slot,
-            self._expected,
+            start_frame,
             frames,
             sink=config.sink,
             top_k=config.top_k,
@@ -314,27 +276,29 @@ class MemoryWindow:
             position_rule=config.position_rule,
         )
         counts = set((state[:, FRAME] >= 0).sum(1).tolist())
-        start_frame = torch.tensor([self._expected], device=self.device)
-        block = _Block(self._expected, frames, state, start_frame, counts.pop() if len(counts) == 1 else None)
+        start = torch.tensor([start_frame], device=self.device)
+        block = Block(start_frame, frames, state, start, counts.pop() if len(counts) == 1 else None)
         self._seconds["retrieval"] += time.perf_counter() - began
         return block
 
-    def _begin(self, block: _Block, layer: int) -> None:
+    def _begin(self, block: Block, layer: int) -> None:
         """Notes that a layer has attended (or is about to); the first one opens the block."""
-        if self._block is None:
+        if self._blocks.open is None:
             chosen = self._history.chosen
             memory = self._last_state[:, FRAME, self.config.window - self.config.top_k :]
             repeated = (chosen[:, :, None] == memory[:, None, :]).any(-1) & (chosen >= 0)
             self._counters["selected_frames"] += int((chosen >= 0).sum())
             self._counters["repeated_frames"] += int(repeated.sum())
-            self._block = block
+            self._blocks.open = block
         if layer not in block.layers:
             placed = (block.state[:, SOURCE] >= 0) | (block.state[:, STAGED] >= 0)
             self._counters["placed_pages"] += int(placed.sum())
             block.layers.add(layer)
 
-    def _arguments(self, block: _Block, layer: int, grid: Sequence[int]) -> dict[str, Any]:
+    def _arguments(self, block: Block, layer: int, grid: Sequence[int]) -> dict[str, Any]:
         check_int("layer", layer, 0, self.layers - 1)
+        if not isinstance(grid, Sequence) or len(grid) != 2 or any(not isinstance(size, int) for size in grid):
+            raise TypeError(f"grid must be (h, w), two ints, got {grid!r}")
         absolute = self.config.position_rule == "absolute"
         self._extend_rope(max(*grid, block.end if absolute else self.config.window))
         index = self._history.index
@@ -362,22 +326,7 @@ class MemoryWindow:
             "engine": self.engine,
         }
 
-    # Finishing --------------------------------------------------------------------------------------------------
-
-    def _finishable(self, start_frame: int) -> _Block:
-        check_int("start_frame", start_frame, 0)
-        block = self._block
-        if block is None or block.start != start_frame:
-            current = "no block has begun" if block is None else f"the current block starts at {block.start}"
-            raise RuntimeError(f"start_frame {start_frame} cannot be finished: {current}")
-        missing = sorted(set(range(self.layers)) - block.layers)
-        if missing:
-            raise RuntimeError(
-                f"the block at start_frame {start_frame} cannot be finished: layers {missing} have not attended"
-            )
-        return block
-
-    def _check_embeddings(self, embeddings: torch.Tensor | None, block: _Block) -> torch.Tensor:
+    def _check_embeddings(self, embeddings: torch.Tensor | None, block: Block) -> torch.Tensor:
         if embeddings is None:
             raise ValueError(f"embeddings must be given when top_k is {self.config.top_k}, got None")
         if not isinstance(embeddings, torch.Tensor):

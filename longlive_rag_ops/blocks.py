@@ -1,0 +1,100 @@
+"""Blocks in their order: which one is open, which may come next, which may be finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .config import check_int
+
+
+@dataclass
+class Block:
+    """The block being generated: its frames, the window state it attends with, the layers that have attended.
+
+    Attributes:
+        start, frames: its first frame and how many there are.
+        state: ``(B, 4, W)`` window state, see `assignment`.
+        start_frame: ``start`` as an int64 tensor ``(1,)`` on the device.
+        count: occupied window slots; None where samples differ.
+        layers: layers that have attended.
+    """
+
+    start: int
+    frames: int
+    state: torch.Tensor
+    start_frame: torch.Tensor
+    count: int | None
+    layers: set[int] = field(default_factory=set)
+
+    @property
+    def end(self) -> int:
+        """One past the last frame."""
+        return self.start + self.frames
+
+
+class BlockSequence:
+    """Blocks follow one another without a gap; the open block takes any number of forwards, a finished one none.
+
+    Args:
+        layers: layers that must attend before a block can be finished.
+        most_frames: frames a block may have.
+
+    Attributes:
+        open: the block being generated, None between blocks.
+        expected: start of the next block.
+    """
+
+    def __init__(self, layers: int, most_frames: int) -> None:
+        self.layers = layers
+        self.most_frames = most_frames
+        self.open: Block | None = None
+        self.expected = 0
+
+    def find(self, start_frame: int, frames: int) -> Block | None:
+        """The open block when a call belongs to it, None when the call begins the next block.
+
+        Raises:
+            RuntimeError: ``start_frame`` is neither the open block's nor, between blocks, the next one's.
+            ValueError: the number of frames is not allowed, or not the open block's.
+        """
+        check_int("start_frame", start_frame, 0)
+        check_int("q's number of frames", frames, 1, self.most_frames)
+        block = self.open
+        if block is None:
+            if start_frame != self.expected:
+                relation = "earlier" if start_frame < self.expected else "later"
+                raise RuntimeError(
+                    f"start_frame {start_frame} is {relation} than the next block's, {self.expected}: blocks follow "
+                    "one another without a gap, and a finished block is final"
+                )
+            return None
+        if start_frame > block.start:
+            raise RuntimeError(
+                f"start_frame {start_frame} is later than the current block's, {block.start}: call "
+                f"finish({block.start}, ...) first"
+            )
+        if start_frame < block.start:
+            raise RuntimeError(f"start_frame {start_frame} is earlier than the current block's, {block.start}")
+        if frames != block.frames:
+            raise ValueError(f"q must hold the current block's {block.frames} frames in every call, got {frames}")
+        return block
+
+    def finishable(self, start_frame: int) -> Block:
+        """The open block, when it starts there and every layer has attended; else raises `RuntimeError`."""
+        check_int("start_frame", start_frame, 0)
+        block = self.open
+        if block is None or block.start != start_frame:
+            current = "no block has begun" if block is None else f"the current block starts at {block.start}"
+            raise RuntimeError(f"start_frame {start_frame} cannot be finished: {current}")
+        missing = sorted(set(range(self.layers)) - block.layers)
+        if missing:
+            raise RuntimeError(
+                f"the block at start_frame {start_frame} cannot be finished: layers {missing} have not attended"
+            )
+        return block
+
+    def close(self, block: Block) -> None:
+        """The block is final."""
+        self.open, self.expected = None, block.end
