@@ -46,30 +46,34 @@ def retrieve_attend(
     local = window - sink - top_k
     frames = q.shape[1] // pool_layer.shape[3]
     block = range(start, start + frames)
+    state = window_state
     if select:
         chosen = choose_frames(
             engine, index, index_ids, index_length, start, window, sink, top_k, recent_exclude, index_normalized
         )
-        window_state.copy_(
-            advance_window(
-                window_state,
-                chosen,
-                frame_slot,
-                start,
-                frames,
-                sink=sink,
-                top_k=top_k,
-                staging_rows=staging.shape[1],
-                position_rule=position_rule,
-            )
+        state = advance_window(
+            window_state,
+            chosen,
+            frame_slot,
+            start,
+            frames,
+            sink=sink,
+            top_k=top_k,
+            staging_rows=staging.shape[1],
+            position_rule=position_rule,
         )
+    highest = int(state[:, POSITION].max())
+    if highest >= rope.shape[0]:
+        raise ValueError(f"rope must reach temporal position {highest}, got a table of {rope.shape[0]} positions")
     slots = [window_slot(frame, sink, local) for frame in block]
-    held = window_state[0, FRAME, slots].tolist()
+    held = state[0, FRAME, slots].tolist()
     if held != list(block):
         raise RuntimeError(
             f"window_state must hold the block's frames {list(block)} (start_frame {start}), got {held}: pass "
             "select=True on one call a block, before any other"
         )
+    if select:
+        window_state.copy_(state)
     if place:
         place_window(engine, pool_layer, staging, window_state, rope, rope_split)
     rotated = engine.write_frames(

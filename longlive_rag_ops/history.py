@@ -6,6 +6,7 @@ import torch
 
 from .config import WindowConfig, candidate_end, check_int, window_slot
 from .index import FrameIndex
+from .modes import normal_tensors
 from .pool import HistoryPool
 
 
@@ -46,6 +47,7 @@ class FrameHistory:
         self.engine = engine
         self.clear()
 
+    @normal_tensors
     def clear(self) -> None:
         """Forgets every frame."""
         self.pool.clear()
@@ -81,6 +83,7 @@ class FrameHistory:
         self.forgotten += len(forgotten)
         self.non_finite += self.index.append(range(start, end), embeddings)
 
+    @normal_tensors
     def choose(self, query: torch.Tensor, start: int) -> None:
         """Chooses for the block that starts at ``start`` by the newest frame's embedding ``(B, E)``."""
         config, index = self.config, self.index

@@ -7,6 +7,7 @@ import heapq
 import torch
 
 from .config import check_int
+from .modes import normal_tensors
 from .reference import lse_dtype, unit_rows
 
 
@@ -28,6 +29,7 @@ class FrameIndex:
         length: ``(1,)`` int64 on the device, rows ever used.
     """
 
+    @normal_tensors
     def __init__(
         self, samples: int, embedding_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
@@ -44,6 +46,7 @@ class FrameIndex:
         """Frames in the index."""
         return len(self._row)
 
+    @normal_tensors
     def append(self, frames: range, embeddings: torch.Tensor) -> int:
         """Adds frames with embeddings ``(B, n, E)``; returns how many embeddings were not finite."""
         rows = [heapq.heappop(self._freed) if self._freed else self._next_row() for _ in frames]
@@ -73,6 +76,7 @@ class FrameIndex:
         self._used += 1
         return self._used - 1
 
+    @normal_tensors
     def _grow(self, rows: int) -> None:
         more = rows - self.embeddings.shape[1]
         self.embeddings = torch.cat(

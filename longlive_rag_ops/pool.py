@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .config import check_int
+from .modes import normal_tensors
 from .slot_table import SlotTable
 
 FULL_POLICIES = ("error", "forget")
@@ -27,6 +28,7 @@ class HistoryPool:
 
     FIRST_CAPACITY = 16
 
+    @normal_tensors
     def __init__(
         self,
         window: int,
@@ -57,6 +59,7 @@ class HistoryPool:
         """Bytes of one frame: keys and values of all layers and samples."""
         return self.pages[:, :, :, 0].numel() * self.pages.element_size()
 
+    @normal_tensors
     def reserve(self, frames: range) -> list[int]:
         """Makes room for new frames' pages; returns the frames given up for them. All or nothing.
 
@@ -94,6 +97,7 @@ class HistoryPool:
         self.table.clear()
         self.frame_slot.fill_(-1)
 
+    @normal_tensors
     def _grow(self, capacity: int) -> None:
         old = self.pages
         shape = list(old.shape)

@@ -13,6 +13,7 @@ from .blocks import Block, BlockSequence
 from .config import WindowConfig, check_int
 from .engines import resolve_engine
 from .history import FrameHistory, check_history_slots
+from .modes import normal_tensors
 from .ops.checks import FLOATS, check, check_rotary
 from .pool import HistoryPool
 from .rotary import default_split, rotary_table
@@ -47,6 +48,7 @@ class MemoryWindow:
         TypeError, ValueError: an argument is not allowed.
     """
 
+    @normal_tensors
     def __init__(
         self,
         config: WindowConfig,
@@ -103,6 +105,7 @@ class MemoryWindow:
         self._history = FrameHistory(config, self._pool, engine)
         self.reset()
 
+    @normal_tensors
     def reset(self) -> None:
         """Starts a new video: forgets every frame, embedding and counter, keeps the memory and settings."""
         self._history.clear()
@@ -257,6 +260,7 @@ class MemoryWindow:
             )
         return int(q.shape[1] // self.tokens_per_frame)
 
+    @normal_tensors
     def _block_at(self, start_frame: int, frames: int) -> Block:
         """The open block, or the next one, which only `_begin` opens: until then a rejected call leaves no trace."""
         block = self._blocks.find(start_frame, frames)

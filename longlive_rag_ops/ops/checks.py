@@ -22,6 +22,8 @@ def check(
     name: str, x: torch.Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], like: torch.Tensor
 ) -> None:
     """Checks one tensor: a size of None in ``shape`` takes any; the device must be that of ``like``."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {None if x is None else type(x).__name__}")
     if x.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must have dtype {allowed}, got {x.dtype}")
@@ -95,10 +97,9 @@ def check_pool(pool_layer: torch.Tensor, q: torch.Tensor) -> None:
     if q.dtype not in FLOATS:
         raise TypeError(f"q must have dtype {' or '.join(str(dtype) for dtype in FLOATS)}, got {q.dtype}")
     check("pool_layer", pool_layer, (2, q.shape[0], None, None, None, q.shape[3]), (q.dtype,), q)
-    if pool_layer.shape[4] < 1 or q.shape[2] % pool_layer.shape[4]:
-        raise ValueError(
-            f"q must have a multiple of the pool's {pool_layer.shape[4]} key-value heads, got {q.shape[2]} heads"
-        )
+    kv_heads = pool_layer.shape[4]
+    if kv_heads < 1 or q.shape[2] < kv_heads or q.shape[2] % kv_heads:
+        raise ValueError(f"q must have a multiple of the pool's {kv_heads} key-value heads, got shape {tuple(q.shape)}")
 
 
 def check_topk(

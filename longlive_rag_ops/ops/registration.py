@@ -3,6 +3,8 @@
 The same function serves CPU, CUDA and fake tensors; for fake ones the engine is `fake`, which only knows shapes.
 `torch.library.Library` is used rather than `custom_op`, which costs several times as much a call.
 
+Autocast does not reach into an engine: an op computes in the dtypes it is given.
+
 The ops are for inference. In grad mode an input that requires grad raises, because the engines either have no
 backward or (on a CPU) would be differentiated through by accident.
 """
@@ -40,8 +42,21 @@ def register(function: Function) -> Function:
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, function, key)
     torch.library.register_fake(f"longlive::{name}", function, lib=LIBRARY)
-    LIBRARY.impl(name, _refuse_gradients(getattr(torch.ops.longlive, name).default), "Autograd", with_keyset=True)
+    op = getattr(torch.ops.longlive, name).default
+    LIBRARY.impl(name, _refuse_gradients(op), "Autograd", with_keyset=True)
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(name, _without_autocast(op), key)
     return function
+
+
+def _without_autocast(op: Any) -> Callable[..., Any]:
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return op(*args, **kwargs)
+
+    return call
 
 
 def _refuse_gradients(op: Any) -> Callable[..., Any]:
