@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -165,28 +166,31 @@ def _like(pair: Pair, n: int) -> tuple[torch.Tensor, ...]:
     return q, kv, kv
 
 
-def follow_forgetting(case: Case, slots: int) -> Pair:
+def follow_forgetting(pair: Pair, stream: Sequence[torch.Tensor]) -> None:
     """A bounded history that forgets: the simulator is told what was forgotten, everything else must agree.
 
-    A frame once forgotten stays forgotten, is never chosen again, and no frame of the memory part is forgotten.
+    What goes is a candidate that no sample attends to, retrieved (or too new to be a candidate) longest ago; it never
+    comes back.
     """
-    pair = Pair(**case.window, **case.tensors, width=WIDTH, seed=case.seed, history_slots=slots, on_full="forget")
-    for embeddings in embeddings_of(case):
-        for _ in range(case.forwards):
-            pair.forward(embeddings.shape[1])
-        memory = {f for s in pair.window.selected for f in s}
+    last_used: dict[int, int] = {}
+    for embeddings in stream:
+        pair.forward(embeddings.shape[1])
+        free = set(pair.rules.candidates(pair.start)) - {f for s in pair.window.selected for f in s}
+        for frame in set(range(pair.start)) - free:
+            last_used[frame] = pair.start
         pair.finish(embeddings)
         history = range(pair.config.sink, pair.start)  # sink frames are always in the window
         gone = {f for f in history if pair.window.history_slot(f) < 0}
-        assert len(history) - len(gone) <= slots
-        assert pair.window.stats()["history_frames"] == len(history) - len(gone)
+        now = gone - pair.sim.forgotten
         assert pair.sim.forgotten <= gone, "a forgotten frame came back"
-        assert not memory & gone, "a frame of the memory part was forgotten"
-        pair.sim.forgotten = gone
+        assert now <= free, "a frame was forgotten that is in the memory part or was never a candidate"
+        kept = [last_used[f] for f in free - gone]
+        assert not now or not kept or max(last_used[f] for f in now) <= min(kept)
+        assert pair.window.stats()["history_frames"] == len(history) - len(gone)
         assert pair.window.stats()["forgotten_frames"] == len(gone)
+        pair.sim.forgotten = gone
     pair.forward()
     pair.compare_history()
-    return pair
 
 
 def retrieving(case: Case) -> Case:
@@ -197,11 +201,12 @@ def retrieving(case: Case) -> Case:
     return replace(case, window={**w, "window": w["window"] + 1, "top_k": 1})
 
 
-def bound_of(case: Case, spare: int) -> int:
-    """The fewest history slots allowed (frames too new to go, a block, all memory parts), and `spare`."""
+def bounded(case: Case, spare: int) -> Pair:
+    """A window with the fewest history slots allowed (frames too new to go, a block, all memory parts), and `spare`."""
     w = case.window
-    fewest = w["window"] - w["sink"] + w["recent_exclude"] + w["frames_per_block"]
-    return fewest + case.tensors["batch"] * w["top_k"] + spare
+    fewest = w["window"] - w["sink"] + w["recent_exclude"] + w["frames_per_block"] + case.tensors["batch"] * w["top_k"]
+    options: dict[str, Any] = {"history_slots": fewest + spare, "on_full": "forget"}
+    return Pair(**w, **case.tensors, width=WIDTH, seed=case.seed, **options)
 
 
 @pytest.mark.parametrize("seed", range(400, 415))
@@ -209,8 +214,20 @@ def test_a_sweep_of_bounded_histories(seed: int) -> None:
     draw = random.Random(seed)
     case = retrieving(build(draw.randint))
     more = tuple(tuple(tuple(draw.randint(0, 4) for _ in s) for s in case.picks[-1]) for _ in range(10))
-    case = replace(case, picks=case.picks + more, forwards=1)
-    follow_forgetting(case, bound_of(case, draw.randint(0, 4)))
+    follow_forgetting(bounded(case, draw.randint(0, 4)), embeddings_of(replace(case, picks=case.picks + more)))
+
+
+@pytest.mark.parametrize("seed", range(500, 506))
+def test_a_sweep_of_bounded_histories_without_repetition(seed: int) -> None:
+    """Every embedding is another one, so that choices wander and everything is used now and then."""
+    draw = random.Random(seed)
+    n, batch = draw.randint(1, 2), draw.randint(2, 3)
+    local, sink, top_k = n + draw.randint(0, 2), draw.randint(0, 2), draw.randint(2, 4)
+    sizes = {"sink": sink, "top_k": top_k, "recent_exclude": draw.randint(0, 6), "frames_per_block": n}
+    case = Case({"window": sink + top_k + local, **sizes}, {"batch": batch, "grid": (1, 1)}, (), (), 1, seed)
+    vectors = torch.Generator().manual_seed(seed)
+    stream = [torch.randn(batch, n, WIDTH, generator=vectors) for _ in range(120 // n)]
+    follow_forgetting(bounded(case, draw.randint(0, 2)), stream)
 
 
 if st is not None:
@@ -230,7 +247,7 @@ if st is not None:
     @given(cases(), st.integers(0, 5))
     def test_drawn_bounded_histories_agree_with_the_simulator(case: Case, spare: int) -> None:
         case = retrieving(case)
-        follow_forgetting(case, bound_of(case, spare))
+        follow_forgetting(bounded(case, spare), embeddings_of(case))
 
 else:
 
