@@ -75,8 +75,8 @@ def _explanation(run: Streamed) -> str:
         last = footage.scenes[-1]
         text += (
             f"No scene returns here. Until the first frames of {last.name} itself are old enough, nothing searched "
-            f"shows {last.name}, and retrieval takes the nearest there is: the cosines are low, but frames are put back all "
-            "the same."
+            f"shows {last.name}, and retrieval takes the nearest there is: the cosines are low, but frames are put "
+            "back all the same."
         )
     else:
         text += "The scenes of this video are not known, so nothing is said about which frames would be right."

@@ -21,7 +21,8 @@ _LINES = (
 _TEXT = (
     "If a block could attend to every frame so far, how much of its attention would fall on the frames that a window "
     "really holds? All windows but the smallest hold the same number of frames. Left: toy weights whose attention "
-    "looks for similar content. Right: purely random weights, for which no choice of frames matters. Coloured bands: scenes."
+    "looks for similar content. Right: purely random weights, for which no choice of frames matters. Coloured "
+    "bands: scenes. Old frames are weighed at the position where a retrieved frame sits."
 )
 
 
@@ -34,9 +35,9 @@ def draw_coverage_chart(runs: Sequence[Streamed], rule: WindowRule, path: Path) 
                fontsize=15, fontweight="bold")  # fmt: skip
     drawn.text(0.3 / width, 1 - 0.53 / height, "\n".join(textwrap.wrap(_TEXT, 158)), va="top", fontsize=10,
                linespacing=1.35)  # fmt: skip
-    panel = (width - 1.2) / len(runs)
+    panel = (width - 0.75) / len(runs)
     for i, run in enumerate(runs):
-        axes = drawn.add_axes(((0.85 + i * panel) / width, 1.15 / height, (panel - 0.55) / width, 2.95 / height))
+        axes = drawn.add_axes(((0.85 + i * panel) / width, 1.15 / height, (panel - 0.5) / width, 2.95 / height))
         blocks = [record.choice.start // FRAMES_PER_BLOCK for record in run.records]
         rows = [coverage(record.masses.placed, record.choice, rule) for record in run.records]
         for key, label, colour, style in _LINES:

@@ -153,7 +153,7 @@ def load_edit(edit: Edit, codec: Codec, settings: DemoSettings, tick: Callable[[
     latents = torch.cat([encoded[cut.clip][0][cut.first : cut.first + cut.count] for cut in edit.cuts])
     thumbnails = np.concatenate([encoded[cut.clip][1][cut.first : cut.first + cut.count] for cut in edit.cuts])
     footage = Footage(edit.name, edit.title, latents, thumbnails, tuple(sources), tuple(scenes), facts)
-    return _shorten(footage, settings.blocks, settings, "sample clips")
+    return _shorten(footage, settings.blocks)
 
 
 def load_video(
@@ -167,7 +167,8 @@ def load_video(
     path = resolve(path)
     blocks = settings.blocks or OWN_VIDEO_BLOCKS
     facts = probe_video(path)
-    latents, thumbnails = _encode(path, codec, settings.size, "--video", blocks * FRAMES_PER_BLOCK + 1, tick)
+    # One block more than is streamed is read, to be able to say that there was more.
+    latents, thumbnails = _encode(path, codec, settings.size, "--video", (blocks + 1) * FRAMES_PER_BLOCK, tick)
     whole = latents.shape[0] if latents.numel() else 0
     if whole < settings.shortest:
         raise ValueError(
@@ -177,22 +178,16 @@ def load_video(
         )
     sources = tuple((path.name, FRAMES_PER_LATENT * i + 1) for i in range(whole))
     footage = Footage("video", path.name, latents, thumbnails, sources, (), {path.name: facts})
-    return _shorten(footage, blocks, settings, "--video")
+    return _shorten(footage, blocks)
 
 
-def _shorten(footage: Footage, blocks: int, settings: DemoSettings, argument: str) -> Footage:
+def _shorten(footage: Footage, blocks: int) -> Footage:
     """Whole blocks only, at most ``blocks`` of them (0: all)."""
     frames = footage.frames - footage.frames % FRAMES_PER_BLOCK
     note = ""
     if blocks and blocks * FRAMES_PER_BLOCK < frames:
         frames = blocks * FRAMES_PER_BLOCK
         note = f"only the first {blocks} blocks are streamed (--blocks raises or lowers this)"
-    if frames < settings.shortest:
-        raise ValueError(
-            f"--blocks: got {settings.blocks}; with --window {settings.window} and --recent-exclude "
-            f"{settings.recent_exclude} at least {settings.shortest // FRAMES_PER_BLOCK} blocks of {argument} are "
-            "needed before anything can be retrieved"
-        )
     scenes = tuple(Scene(s.name, s.shot, s.start, min(s.stop, frames)) for s in footage.scenes if s.start < frames)
     return Footage(
         footage.name,

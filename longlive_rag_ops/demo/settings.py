@@ -50,6 +50,11 @@ class DemoSettings:
         if self.top_k < 1:
             raise ValueError(f"--top-k: got {self.top_k}; must be positive (the demo shows what is retrieved)")
         self.window_config()
+        if self.blocks and self.blocks * FRAMES_PER_BLOCK < self.shortest:
+            raise ValueError(
+                f"--blocks: got {self.blocks}; with --window {self.window} and --recent-exclude {self.recent_exclude} "
+                f"at least {self.shortest // FRAMES_PER_BLOCK} are needed before anything can be retrieved"
+            )
 
     def window_config(self) -> WindowConfig:
         """The window of a run; ValueError where the sizes do not fit together."""

@@ -49,8 +49,8 @@ def _retrieval(run: dict[str, Any]) -> list[str]:
         age, highest = sum(ages) / max(1, len(ages)), sum(best) / max(1, len(best))
         return [
             *lines,
-            f"  {len(blocks)} blocks retrieved {len(ages)} frames, on average {age:.0f} latent frames before the query; "
-            f"mean highest cosine {highest:.3f}.",
+            f"  {len(blocks)} blocks retrieved {len(ages)} frames, on average {age:.0f} latent frames before the "
+            f"query; mean highest cosine {highest:.3f}.",
             "  The scenes of this video are not known, so nothing is said about which frames would be right.",
             "",
         ]
@@ -86,15 +86,22 @@ def _coverage(report: dict[str, Any]) -> list[str]:
     lines = ["share of full-history attention mass that the window holds (windows of equal size, but for sink+local):"]
     rows = []
     for run in report["runs"]:
-        for group, text in (
-            ("full_window_blocks", "full window"),
-            ("later_scene_after_the_first_block", "returned scene"),
+        for positions, group, text in (
+            ("coverage", "full_window_blocks", "all with a full window"),
+            ("coverage", "later_scene_after_the_first_block", "returned scene"),
+            ("coverage_sliding_positions", "later_scene_after_the_first_block", "returned scene (*)"),
         ):
-            row = run["summary"]["coverage"].get(group)
+            row = run["summary"][positions].get(group)
             if row:
                 name = f"{run['footage']}, {run['weights']}, {text}"
                 rows.append([name, *(_percent(row[key]) for key in names)])
-    return [*lines, *_table(header, rows), ""]
+    lines += _table(header, rows)
+    if any("(*)" in row[0] for row in rows):
+        lines.append(
+            "  (*) the newest W - S frames weighed at the positions that a sliding window gives them, not at 0;"
+        )
+        lines.append("      'returned scene' leaves out its first block, which still searches for the scene before")
+    return [*lines, ""]
 
 
 def _times(report: dict[str, Any]) -> list[str]:
@@ -106,7 +113,7 @@ def _times(report: dict[str, Any]) -> list[str]:
         rows.append([f"{run['footage']}, {run['weights']}", *cells, _bytes(held["history"]), _bytes(held["total"])])
     return [
         f"median milliseconds a block of 3 latent frames (5 forwards x {report['model']['layers']} layers), float32, "
-        f"{device['cpu']}, {device['threads']} threads, torch {device['torch']}:",
+        f"{device['cpu']}, threads: {device['threads']}, torch {device['torch']}:",
         *_table(["footage, weights", "total", "retrieval", "attention", "rest", "history", "bytes held"], rows),
         "",
     ]

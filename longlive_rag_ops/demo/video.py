@@ -79,6 +79,20 @@ def probe_video(path: str | Path, *, argument: str = "--video") -> VideoFacts:
         )
 
 
+def _declared_seconds(container: Any, stream: Any) -> float:
+    """When the stream ends according to the container, on the frames' clock; 0 where it does not say."""
+    start = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+    if stream.duration and stream.time_base:
+        return start + float(stream.duration * stream.time_base)
+    # Matroska and WebM keep it as a tag, hours:minutes:seconds; a container's duration is that of its longest stream.
+    parts = str(stream.metadata.get("DURATION", "")).split(":")
+    try:
+        return sum(float(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+    except ValueError:
+        alone = len(container.streams) == 1 and container.duration
+        return float(container.duration) / 1_000_000 if alone else 0.0
+
+
 def _cover(array: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     """Crops (H', W', 3) to (height, width, 3) about the centre."""
     width, height = size
@@ -102,7 +116,8 @@ def read_frames(
 
     Raises:
         ValueError: no such file, not a video, no video stream, a frame that does not decode, or fewer frames than the
-            container declares (more than 2 frames and more than 2 % short: containers miscount by a frame or two).
+            container declares (more than 2 frames and more than 2 % short: containers miscount by a frame or two);
+            where it declares no count, the last frame's time is held against the duration it declares.
         RuntimeError: PyAV is not installed.
     """
     path = Path(path)
@@ -110,12 +125,10 @@ def read_frames(
     av, container, stream = _open(path, argument)
     with container:
         stream.thread_type = "AUTO"
-        declared = int(stream.frames or 0)
-        if declared == 0 and stream.duration and stream.average_rate:
-            declared = int(stream.duration * stream.time_base * stream.average_rate)
+        declared, length = int(stream.frames or 0), _declared_seconds(container, stream)
         ratio = max(width / stream.width, height / stream.height) if stream.width and stream.height else 1.0
         scaled = (max(width, round(stream.width * ratio)), max(height, round(stream.height * ratio)))
-        count = 0
+        count, seen, interval = 0, 0.0, 0.0
         try:
             for frame in container.decode(stream):
                 if limit is not None and count >= limit:
@@ -127,6 +140,7 @@ def read_frames(
                 small = frame.reformat(width=scaled[0], height=scaled[1], format="rgb24", interpolation="AREA")
                 yield _cover(small.to_ndarray(), (width, height))
                 count += 1
+                interval, seen = (frame.time or 0.0) - seen, frame.time or 0.0
         except (av.FFmpegError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(
@@ -138,6 +152,12 @@ def read_frames(
                 raise ValueError(
                     f"{argument}: got {str(path)!r}, which declares {declared} frames and holds {count} that decode: "
                     "it is damaged or cut off; it must be a complete video"
+                )
+            # Without a count, the last frame's time tells; it lasts about as long as the one before it.
+            if not declared and length and seen < length - max(0.1 + 2 * interval, length / 50):
+                raise ValueError(
+                    f"{argument}: got {str(path)!r}, which declares {length:.2f} seconds and whose last frame that "
+                    f"decodes is at {seen:.2f} seconds: it is damaged or cut off; it must be a complete video"
                 )
             if count == 0:
                 raise ValueError(f"{argument}: got {str(path)!r}, which holds no frame that decodes")
