@@ -14,10 +14,14 @@ EXTRAS = demo,dev,bench
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 key = $(shell echo '$(1)' | cksum | cut -d ' ' -f 1)
 PIP = $(RUN) -m pip --disable-pip-version-check
+# Python compiles what it imports; compiling all of torch beforehand takes four times as long as unpacking it.
+INSTALL = $(PIP) install -q --no-compile
 
+# By its full name: PATH changes below.
+BASE := $(or $(shell command -v '$(PYTHON)'),$(PYTHON))
 ifeq ($(VENV),none)
-RUN := $(PYTHON)
-BIN := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+RUN := $(BASE)
+BIN := $(shell $(BASE) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 INSTALLED := build/installed-$(call key,$(PYTHON)).stamp
 else
 RUN := $(VENV)/bin/python
@@ -53,26 +57,26 @@ setup: $(INSTALLED)
 ifeq ($(VENV),none)
 $(INSTALLED): $(SOURCES)
 	@echo 'setup: installing longlive-rag-ops into $(PYTHON) (editable, no downloads)'
-	@$(PIP) install -q --no-build-isolation --no-deps -e .
+	@$(INSTALL) --no-build-isolation --no-deps -e .
 	@$(RUN) -c 'from longlive_rag_ops.build_info import summary; print("setup:", summary())'
 	@mkdir -p $(@D) && touch $@
 else
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "setup: Python >= 3.10 is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with PYTHON=...")'
+	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "setup: Python >= 3.10 is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with PYTHON=...")'
 	@echo 'setup: creating $(VENV) with $(PYTHON)'
-	@$(PYTHON) -m venv $(VENV) || { echo 'setup: $(PYTHON) cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv.'; \
+	@$(BASE) -m venv $(VENV) || { echo 'setup: $(PYTHON) cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv.'; \
 	  echo 'setup: Or use a Python that already has the dependencies: make ... PYTHON=... VENV=none'; exit 1; }
 	@touch $@
 
 $(TOOLS): $(VENV)/.created
 	@echo 'setup: installing $(TORCH) and the build tools into $(VENV) (the first time this takes minutes)'
-	@$(PIP) install -q $(TORCH)
-	@$(PIP) install -q $(BUILD_TOOLS)
+	@$(INSTALL) $(TORCH)
+	@$(INSTALL) $(BUILD_TOOLS)
 	@rm -f $(VENV)/.tools-* $(VENV)/.installed-* && touch $@
 
 $(INSTALLED): $(TOOLS) $(SOURCES)
 	@echo 'setup: compiling and installing longlive-rag-ops[$(EXTRAS)] into $(VENV) (editable)'
-	@$(PIP) install -q --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
 	@$(RUN) -c 'from longlive_rag_ops.build_info import summary; print("setup:", summary())'
 	@touch $@
 endif
@@ -99,7 +103,7 @@ test-python: $(INSTALLED)
 bench: $(INSTALLED)
 	@echo 'bench: writing to $(BENCH_OUT)'
 	@mkdir -p $(BENCH_OUT)
-	@$(RUN) -m pytest -q benchmarks --benchmark-only --benchmark-json=$(BENCH_OUT)/benchmarks.json
+	@LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m pytest -q -s benchmarks --benchmark-json=$(BENCH_OUT)/benchmarks.json
 
 lint: $(INSTALLED)
 	@for tool in ruff mypy; do \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -17,7 +16,6 @@ import pytest
 from longlive_rag_ops import build_info
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD_MODULES = ("pip", "setuptools", "pybind11")
 # What the build reads; the copy keeps tests of the build from each other and from the checkout's own build folder.
 SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE")
 SOURCES += ("csrc", "triton_kernels", "longlive_rag_ops")
@@ -35,15 +33,15 @@ def checkout() -> Path:
     return ROOT
 
 
-def missing_modules(*names: str) -> list[str]:
-    return [name for name in names if importlib.util.find_spec(name) is None]
+def not_installed(*names: str) -> list[str]:
+    return [name for name in names if not list(importlib.metadata.distributions(name=name))]
 
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of this checkout without CUDA sources, built with what this environment has (no network)."""
-    missing = missing_modules(*BUILD_MODULES)
-    missing += [name for name in missing_modules("cmake", "ninja") if not shutil.which(name)]
+    missing = not_installed("pip", "setuptools", "pybind11")
+    missing += [name for name in not_installed("cmake", "ninja") if not shutil.which(name)]
     if not (os.environ.get("CXX") or shutil.which("c++")):
         missing.append("a C++ compiler")
     if missing:
@@ -187,7 +185,7 @@ def test_makefile_installs_the_build_requirements(checkout: Path) -> None:
     ],
 )
 def test_build_refuses_clearly(checkout: Path, tmp_path: Path, variables: dict[str, str], message: str) -> None:
-    if missing := missing_modules("setuptools", "pybind11"):
+    if missing := not_installed("setuptools", "pybind11"):
         pytest.skip(f"the build needs {', '.join(missing)}")
     hidden = {"CUDACXX", "CUDA_HOME", "CUDA_PATH"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
