@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .footage import Footage
-from .palette import figure, save, scene_colour
+from .palette import figure, newest_not_searched, save, scene_colour
 from .settings import FRAMES_PER_BLOCK
 from .stream import BlockRecord, Streamed
 
@@ -61,7 +61,7 @@ def _explanation(run: Streamed) -> str:
         "A video is streamed in blocks of three latent frames through attention that sees only a short window of them. "
         "Each row is one block about to be computed. Its query is the last finished frame (left); the old frames whose "
         "embeddings are most similar to the query's (cosine; 1 is identical) are put back into the window (right, most "
-        "similar first). Frames still in the window, or only just out of it, are not searched. "
+        f"similar first). The newest {newest_not_searched(run)} frames are not searched. "
     )
     pair = footage.returning()
     if pair:

@@ -33,7 +33,9 @@ def draw_coverage_chart(runs: Sequence[Streamed], rule: WindowRule, path: Path) 
     drawn = figure(width, height)
     drawn.text(0.3 / width, 1 - 0.18 / height, f"Attention mass that the window holds \u2013 {footage.title}", va="top",
                fontsize=15, fontweight="bold")  # fmt: skip
-    drawn.text(0.3 / width, 1 - 0.53 / height, "\n".join(textwrap.wrap(_TEXT, 158)), va="top", fontsize=10,
+    pair = footage.returning()
+    text = _TEXT + (f" Compare red and blue just after {pair[1].name} begins." if pair else "")
+    drawn.text(0.3 / width, 1 - 0.53 / height, "\n".join(textwrap.wrap(text, 158)), va="top", fontsize=10,
                linespacing=1.35)  # fmt: skip
     panel = (width - 0.75) / len(runs)
     for i, run in enumerate(runs):

@@ -1,11 +1,12 @@
-"""Colours and a drawing surface shared by the pictures."""
+"""What the pictures share: colours, a drawing surface, a number in their captions."""
 
 from typing import Any
 
 from .extras import need
 from .footage import Footage, Scene
+from .stream import Streamed
 
-__all__ = ["figure", "save", "scene_colour"]
+__all__ = ["figure", "newest_not_searched", "save", "scene_colour"]
 
 _SHOTS = ("#1f6fb4", "#d9730d", "#2e8b57", "#8e44ad", "#b03a2e", "#7f6a00")
 UNKNOWN = "#555555"
@@ -18,6 +19,12 @@ def scene_colour(footage: Footage, scene: Scene | None) -> str:
         return UNKNOWN
     shots = list(dict.fromkeys(s.shot for s in footage.scenes))
     return _SHOTS[shots.index(scene.shot) % len(_SHOTS)]
+
+
+def newest_not_searched(run: Streamed) -> int:
+    """How many of the newest finished frames a block does not search: ``W - S + R``."""
+    choice = run.records[-1].choice
+    return choice.start - choice.eligible.stop
 
 
 def figure(width: float, height: float) -> Any:

@@ -75,6 +75,8 @@ CAVEATS = (
     "The codec was fitted on another clip than those streamed, and is no video autoencoder: see its PSNR.",
     "Coverage compares windows by one full-history softmax in which old frames sit at temporal position 0; "
     "coverage_sliding_positions repeats it with the newest frames where a sliding window would hold them.",
+    "Within a shot the newest frames are at least as alike as old ones, so a plain sliding window of equal size can "
+    "hold more attention than retrieval does; what retrieval is for is the time just after an earlier scene returns.",
     "The content weights were made so that similar tokens attend to each other. Coverage with them shows that the "
     "retrieved frames hold what such attention looks for, not that a trained model looks for it.",
     "Times are of this machine, in float32, with a model thousands of times smaller than a video generator.",

@@ -9,7 +9,7 @@ import numpy as np
 from .embedding import cosine
 from .extras import need
 from .footage import Footage
-from .palette import figure, save, scene_colour
+from .palette import figure, newest_not_searched, save, scene_colour
 from .settings import FRAMES_PER_BLOCK
 from .stream import Streamed
 
@@ -18,12 +18,14 @@ __all__ = ["draw_similarity_map"]
 GUARDED = "#c9c9c9"
 
 
-def _explanation(footage: Footage) -> str:
+def _explanation(run: Streamed) -> str:
+    footage = run.footage
     text = (
         "One row a block (time runs down), one column a latent frame of its history. Colour: cosine similarity between "
         "the embedding of the block's query (the last frame finished before it) and the frame's. Only coloured frames "
-        "may be retrieved; grey ones are finished but in the window anyway (the newest ones, and frame 0, the sink) or "
-        "guarded as too recent; white ones do not exist yet. Red dots: the frames retrieved, by similarity alone. "
+        "may be retrieved; grey ones are finished but not searched (sink frames at the left, and the newest "
+        f"{newest_not_searched(run)}), white ones do not exist yet. Red dots: the frames retrieved, by similarity "
+        "alone. "
     )
     pair = footage.returning()
     if pair:
@@ -55,7 +57,7 @@ def draw_similarity_map(run: Streamed, path: Path) -> None:
             shown[row, eligible.start : eligible.stop] = similarity[start - 1, eligible.start : eligible.stop]
 
     width = 13.0
-    lines = textwrap.wrap(_explanation(footage), 158)
+    lines = textwrap.wrap(_explanation(run), 158)
     body = min(9.0, max(3.2, 0.2 * blocks))
     head, foot = 0.95 + 0.2 * len(lines), 0.75
     height = head + body + foot

@@ -10,8 +10,6 @@ import pytest
 import torch
 from synthetic import scene_frames, write_video
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
