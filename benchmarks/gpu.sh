@@ -5,7 +5,8 @@
 #   PYTHON=python3 VENV=none     the defaults here: use that interpreter as it is
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT}")
+: "${1:?usage: benchmarks/gpu.sh OUT}"
+out=$(realpath -m "$1")
 export PYTHON=${PYTHON:-python3} VENV=${VENV:-none} PYTHONUNBUFFERED=1
 python=$PYTHON
 [ "$VENV" = none ] || python=$VENV/bin/python
