@@ -95,7 +95,7 @@ std::vector<SlotTable::Acquired> SlotTable::acquire_many(const std::vector<Frame
     }
     Entry& entry = entries_[static_cast<std::size_t>(index)];
     entry.frame = frames[i];
-    entry.pins = 0;
+    entry.pins = 0;  // clear() leaves the pins of what it forgot
     append(idle_, index);
     slots_.find(frames[i])->second = index;
   }
@@ -165,7 +165,6 @@ SlotTable::Slot SlotTable::release(Frame frame) {
 void SlotTable::clear() {
   slots_.clear();
   freed_.clear();
-  std::fill(entries_.begin(), entries_.end(), Entry{});
   unused_ = 0;
   pinned_count_ = 0;
   idle_ = pinned_ = List{};

@@ -172,6 +172,8 @@ TEST_CASE(acquire_many_keeps_its_own_frames) {
   CHECK(got[2].slot == 1 && !got[2].is_new && !got[2].evicted);
   CHECK(got[3].slot == 2 && got[3].is_new && got[3].evicted == 3);
   CHECK((table.frames() == Frames{1, 4, 5}));
+  table.acquire_many({1, 1, 4, 6});  // naming 1 twice keeps one slot, not two: 5 can go
+  CHECK((table.frames() == Frames{1, 4, 6}));
 }
 
 TEST_CASE(clear_forgets_everything) {
@@ -183,6 +185,8 @@ TEST_CASE(clear_forgets_everything) {
   CHECK(table.size() == 0 && table.frames().empty() && table.pins(2) == 0 && table.capacity() == 3);
   const auto got = table.acquire_many({7, 8, 9});
   CHECK(got[0].slot == 5 && got[1].slot == 6 && got[2].slot == 7);
+  CHECK(table.pins(7) == 0 && table.pins(8) == 0);
+  CHECK(table.acquire(10).evicted == 7);
 }
 
 TEST_CASE(grow_keeps_slots) {
@@ -242,6 +246,21 @@ TEST_CASE(survives_running_out_of_memory_at_every_point) {
     CHECK(state(table) == before);
     CHECK(table.acquire_many(request).size() == request.size());  // and it still works
   }
+}
+
+TEST_CASE(gives_slots_back_without_memory) {
+  SlotTable table(40);
+  table.grow(80);
+  for (int frame = 0; frame < 80; ++frame) table.acquire(frame);
+  allocations_left = 0;
+  for (int frame = 0; frame < 80; ++frame) {
+    table.pin(frame);
+    table.unpin(frame);
+    table.release(frame);
+  }
+  table.clear();
+  allocations_left = -1;
+  CHECK(table.size() == 0);
 }
 
 // A table of the simplest kind: searches everything, links nothing.
