@@ -2,7 +2,8 @@
 
 The latent is averaged over a grid of 4 x 4 cells: 16 cells x 16 channels = 256 numbers. Nothing is learnt. Because
 the codec subtracts its mean patch and whitens its channels, such vectors of unrelated pictures are near orthogonal
-instead of all alike. They keep the layout of a picture, so the same place seen from another side is *not* recognised.
+instead of all alike. They keep the layout of a picture, so the same place seen from another side may not be
+recognised.
 A trained embedder can take this one's place: anything that maps ``(frames, C, h, w)`` to ``(frames, E)``.
 """
 

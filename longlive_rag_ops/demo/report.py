@@ -71,8 +71,9 @@ CAVEATS = (
     "Retrieval does not depend on the weights: embeddings come from the latents alone.",
     "The query is the last finished frame, so the first block after a cut still searches for the scene before it.",
     "The sample clips are steady shots: a scene returns with the same framing, which is easy to find. The embedding "
-    "keeps the layout of a picture and would miss the same place seen from another side.",
-    "The codec was fitted on another clip than those streamed, and is no video autoencoder: see its PSNR.",
+    "keeps the layout of a picture and may miss the same place seen from another side.",
+    "The codec was fitted on one clip (see its provenance; none of the default clips) and is no video autoencoder: see "
+    "its PSNR.",
     "Coverage compares windows by one full-history softmax in which old frames sit at temporal position 0; "
     "coverage_sliding_positions repeats it with the newest frames where a sliding window would hold them.",
     "Within a shot the newest frames are at least as alike as old ones, so a plain sliding window of equal size can "

@@ -74,4 +74,4 @@ class DemoSettings:
         return first + FRAMES_PER_BLOCK
 
 
-OWN_VIDEO_BLOCKS = 100
+OWN_VIDEO_BLOCKS = 60

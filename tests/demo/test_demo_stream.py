@@ -117,9 +117,13 @@ def shares_by_hand(
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("kind", ["content", "random"])
-def test_probe_agrees_with_one_softmax_over_everything(kind: WeightKind) -> None:
-    latents, config = footage().latents, SETTINGS.window_config()
+OTHER = DemoSettings(window=10, sink=2, top_k=2, recent_exclude=0, size=(64, 48))
+
+
+@pytest.mark.parametrize("kind, settings", [("content", SETTINGS), ("random", SETTINGS), ("content", OTHER)])
+def test_probe_agrees_with_one_softmax_over_everything(kind: WeightKind, settings: DemoSettings) -> None:
+    latents, config = footage().latents, settings.window_config()
+    sink = config.sink
     model = ToyTransformer(kind, (6, 8))
     window = MemoryWindow(config, layers=4, batch=1, tokens_per_frame=12, kv_heads=4, head_dim=64)
     probe = Probe(window, config, 64, (3, 4))
@@ -136,12 +140,13 @@ def test_probe_agrees_with_one_softmax_over_everything(kind: WeightKind) -> None
         model.forward(latents[start : start + 3], 0.0, attend)
         masses = probe.measure(queries, start)
         end = start + 3
-        local = range(max(1, end - config.local), end)
-        recent = range(max(1, end - (config.window - 1)), end)
+        local = range(max(sink, end - config.local), end)
+        recent = range(max(sink, end - (config.window - sink)), end)
         # While the window fills, a frame sits at its own number; later, the newest sits at W - 1.
-        place = {f: f if end <= config.window else config.window - end + f for f in range(1, end)}
-        placed = {f: place[f] if f in local else 0 for f in range(1, end)} | {0: 0}
-        sliding = {f: place[f] if f in recent else 0 for f in range(1, end)} | {0: 0}
+        place = {f: f if end <= config.window else config.window - end + f for f in range(sink, end)}
+        first = {f: f for f in range(sink)}
+        placed = {f: place[f] if f in local else 0 for f in range(sink, end)} | first
+        sliding = {f: place[f] if f in recent else 0 for f in range(sink, end)} | first
         np.testing.assert_allclose(masses.by_layer, shares_by_hand(queries, keys, start, placed), atol=2e-6)
         np.testing.assert_allclose(masses.placed, masses.by_layer.mean(0))
         expected = shares_by_hand(queries, keys, start, sliding).mean(0)
