@@ -167,6 +167,13 @@ def test_finish_refuses(name: str) -> None:
     carry_on(pair)
 
 
+def test_a_wrong_grid_costs_no_memory() -> None:
+    pair = pair_at(3)
+    rows = pair.window.rope.shape[0]
+    unchanged(pair, lambda p: attend(p, grid=(1, 1_000_000)), ("grid", "1, 1000000"))
+    assert pair.window.rope.shape[0] == rows
+
+
 @pytest.mark.parametrize("start", [3, 1, -1, 12])
 def test_a_video_begins_at_frame_0(start: int) -> None:
     pair = pair_at(0)

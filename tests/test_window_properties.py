@@ -209,7 +209,7 @@ def bounded(case: Case, spare: int) -> Pair:
     return Pair(**w, **case.tensors, width=WIDTH, seed=case.seed, **options)
 
 
-@pytest.mark.parametrize("seed", range(400, 415))
+@pytest.mark.parametrize("seed", range(400, 412))
 def test_a_sweep_of_bounded_histories(seed: int) -> None:
     draw = random.Random(seed)
     case = retrieving(build(draw.randint))
@@ -217,7 +217,7 @@ def test_a_sweep_of_bounded_histories(seed: int) -> None:
     follow_forgetting(bounded(case, draw.randint(0, 4)), embeddings_of(replace(case, picks=case.picks + more)))
 
 
-@pytest.mark.parametrize("seed", range(500, 506))
+@pytest.mark.parametrize("seed", range(500, 504))
 def test_a_sweep_of_bounded_histories_without_repetition(seed: int) -> None:
     """Every embedding is another one, so that choices wander and everything is used now and then."""
     draw = random.Random(seed)
@@ -226,7 +226,7 @@ def test_a_sweep_of_bounded_histories_without_repetition(seed: int) -> None:
     sizes = {"sink": sink, "top_k": top_k, "recent_exclude": draw.randint(0, 6), "frames_per_block": n}
     case = Case({"window": sink + top_k + local, **sizes}, {"batch": batch, "grid": (1, 1)}, (), (), 1, seed)
     vectors = torch.Generator().manual_seed(seed)
-    stream = [torch.randn(batch, n, WIDTH, generator=vectors) for _ in range(120 // n)]
+    stream = [torch.randn(batch, n, WIDTH, generator=vectors) for _ in range(90 // n)]
     follow_forgetting(bounded(case, draw.randint(0, 2)), stream)
 
 
@@ -238,7 +238,7 @@ if st is not None:
         return build(lambda low, high: draw(st.integers(low, high)))
 
     # Shrinking a failure takes minutes; the sweep above finds most of them in a readable form.
-    @settings(max_examples=40, phases=(Phase.explicit, Phase.generate), **SLOW)
+    @settings(max_examples=30, phases=(Phase.explicit, Phase.generate), **SLOW)
     @given(cases())
     def test_drawn_windows_agree_with_the_simulator(case: Case) -> None:
         check(case)
