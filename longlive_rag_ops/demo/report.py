@@ -6,7 +6,7 @@
 ``schema``       1
 ``what``         one paragraph: what was run and what it does not show
 ``caveats``      list of sentences to read before quoting a number
-``device``       CPU model, cores, threads, machine, versions of Python, torch and this package
+``device``       CPU model, cores, threads, load, machine, versions of Python, torch and this package
 ``settings``     what was asked for
 ``codec``        what the codec is, its provenance, its PSNR on each clip streamed (dB, second frame of each four)
 ``embedding``    what retrieval searches
@@ -80,12 +80,13 @@ CAVEATS = (
     "hold more attention than retrieval does; what retrieval is for is the time just after an earlier scene returns.",
     "The content weights were made so that similar tokens attend to each other. Coverage with them shows that the "
     "retrieved frames hold what such attention looks for, not that a trained model looks for it.",
-    "Times are of this machine, in float32, with a model thousands of times smaller than a video generator.",
+    "Times are of this machine with whatever else ran on it, in float32, with a model thousands of times smaller than a "
+    "video generator.",
 )
 
 
-def describe_device() -> dict[str, str | int]:
-    """The machine that measured, without its name."""
+def describe_device() -> dict[str, str | int | float | None]:
+    """The machine that measured, without its name; ``load_average`` (last minute) tells whether it was busy."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -97,6 +98,7 @@ def describe_device() -> dict[str, str | int]:
         "cpu": cpu,
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

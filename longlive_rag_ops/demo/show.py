@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .clips import resolve
 from .codec import Codec
 from .contact_sheet import draw_contact_sheet
 from .coverage_chart import draw_coverage_chart
@@ -19,6 +20,7 @@ from .report import build_report, write_report
 from .settings import FRAMES_PER_BLOCK, DemoSettings
 from .similarity_map import draw_similarity_map
 from .stream import Streamed, stream
+from .video import probe_video
 
 __all__ = ["Shown", "show"]
 
@@ -71,6 +73,8 @@ def show(video: str | Path | None, out: str | Path, settings: DemoSettings, *, p
     need("matplotlib.figure", "drawing the pictures")
     need("av", "reading a video")
     folder = Path(out)
+    if video is not None:
+        probe_video(resolve(video))  # a wrong name is found before a folder is made
     _prepare(folder)
     threads = torch.get_num_threads()
     if settings.threads:

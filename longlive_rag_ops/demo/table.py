@@ -113,7 +113,8 @@ def _times(report: dict[str, Any]) -> list[str]:
         rows.append([f"{run['footage']}, {run['weights']}", *cells, _bytes(held["history"]), _bytes(held["total"])])
     return [
         f"median milliseconds a block of 3 latent frames (5 forwards x {report['model']['layers']} layers), float32, "
-        f"{device['cpu']}, threads: {device['threads']}, torch {device['torch']}:",
+        f"{device['cpu']}, threads: {device['threads']}, torch {device['torch']}, "
+        f"load average {device['load_average']}:",
         *_table(["footage, weights", "total", "retrieval", "attention", "rest", "history", "bytes held"], rows),
         "",
     ]

@@ -126,6 +126,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_errors_name_the_argument(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     assert "--video: got" in refused(capsys, "--video", str(tmp_path / "none.mp4"), "--out", out)
+    assert not Path(out).exists()
     short = write_video(tmp_path / "short.mp4", scene_frames(1, 40))
     message = refused(capsys, "--video", str(short), "--out", out, "--size", "64x48")
     assert "gives 10 latent frames" in message and "at least 21 (84 video frames)" in message
