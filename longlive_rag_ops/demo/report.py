@@ -80,8 +80,8 @@ CAVEATS = (
     "hold more attention than retrieval does; what retrieval is for is the time just after an earlier scene returns.",
     "The content weights were made so that similar tokens attend to each other. Coverage with them shows that the "
     "retrieved frames hold what such attention looks for, not that a trained model looks for it.",
-    "Times are of this machine with whatever else ran on it, in float32, with a model thousands of times smaller than a "
-    "video generator.",
+    "Times are of this machine with whatever else ran on it, in float32, with a model thousands of times smaller than "
+    "a video generator.",
 )
 
 
