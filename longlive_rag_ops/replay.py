@@ -59,7 +59,7 @@ def trace_window(trace: Trace, engine: str = "auto", device: str = "cpu") -> Mem
         sizes["head_dim"],
         rope.get("max_positions", 1024),
         rope.get("theta", 10000.0),
-        None if split is None else tuple(split),
+        split,
         torch.float32,
         device,
     )

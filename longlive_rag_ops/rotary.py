@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .config import check_int
@@ -16,11 +18,19 @@ def default_split(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 4 * sixth, 2 * sixth, 2 * sixth
 
 
+def check_split(split: Sequence[int], head_dim: int, name: str = "rope_split") -> list[int]:
+    """Returns ``split`` as a list when it is three even numbers that add up to ``head_dim``; names it otherwise."""
+    channels = list(split)
+    if len(channels) != 3 or sum(channels) != head_dim or any(c < 0 or c % 2 for c in channels):
+        raise ValueError(f"{name} must be three even numbers that add up to head_dim ({head_dim}), got {channels}")
+    return channels
+
+
 def rotary_table(
     head_dim: int,
     positions: int = 1024,
     theta: float = 10000.0,
-    split: tuple[int, int, int] | None = None,
+    split: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
@@ -39,9 +49,7 @@ def rotary_table(
     Returns:
         ``(positions, head_dim // 2, 2)``: cosine, sine.
     """
-    channels = default_split(head_dim) if split is None else split
-    if sum(channels) != head_dim or any(c < 0 or c % 2 for c in channels):
-        raise ValueError(f"split must be three even numbers that add up to head_dim ({head_dim}), got {channels}")
+    channels = check_split(default_split(head_dim) if split is None else split, head_dim, "split")
     check_int("positions", positions, 1)
     if not dtype.is_floating_point or dtype.itemsize < 4:
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")

@@ -16,7 +16,7 @@ from .history import FrameHistory, check_history_slots
 from .modes import normal_tensors
 from .ops.checks import FLOATS, check, check_rotary
 from .pool import HistoryPool
-from .rotary import default_split, rotary_table
+from .rotary import check_split, default_split, rotary_table
 
 FIRST_POSITIONS = 1024  # rows of the rotary table before any frame asks for more
 
@@ -80,10 +80,10 @@ class MemoryWindow:
         resolve_engine(engine, self.device.type)
         self.engine = engine
         self._own_rope = rope is None
-        self.rope_split = list(default_split(head_dim) if rope_split is None else rope_split)
+        self.rope_split = check_split(default_split(head_dim) if rope_split is None else rope_split, head_dim)
         self._rope_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if rope is None:
-            rope = rotary_table(head_dim, FIRST_POSITIONS, split=self._split(), dtype=self._rope_dtype, device=device)
+            rope = rotary_table(head_dim, FIRST_POSITIONS, split=self.rope_split, dtype=self._rope_dtype, device=device)
         self.rope = rope
         check_history_slots(history_slots, config, batch)
         self._pool = HistoryPool(
@@ -109,6 +109,7 @@ class MemoryWindow:
     def reset(self) -> None:
         """Starts a new video: forgets every frame, embedding and counter, keeps the memory and settings."""
         self._history.clear()
+        self._grid: list[int] | None = None  # of the video's first call
         self._blocks = BlockSequence(self.layers, self.config.frames_per_block)
         self._last_state = empty_window_state(self.batch, self.config.window, self.device)
         self._counters = dict.fromkeys(
@@ -141,22 +142,24 @@ class MemoryWindow:
             layer: ``0 .. layers-1``.
             q: ``(B, n*T, Hq, D)``, k and v ``(B, n*T, Hkv, D)``: before rotation, tokens frame-major, then row-major.
             start_frame: first frame of the block.
-            grid: ``(h, w)`` tokens of a frame.
+            grid: ``(h, w)`` tokens of a frame, the same for the whole video.
             scale: of the logits; ``D ** -0.5`` when not given.
 
         Returns:
-            ``(B, n*T, Hq, D)``; with ``return_lse`` also the log-sum-exp ``(B, Hq, n*T)`` float32.
+            ``(B, n*T, Hq, D)``; with ``return_lse`` also the log-sum-exp ``(B, Hq, n*T)``, float32 (float64 for
+            a float64 window).
 
         Raises:
             RuntimeError: ``start_frame`` is later than the current block's, which is not finished, or earlier.
             TypeError, ValueError: a shape, dtype, device or size is not allowed. The window is unchanged then.
         """
+        grid = self._checked_grid(grid)
         frames = self._frames_of(q)
         block = self._block_at(start_frame, frames)
         out, lse = torch.ops.longlive.retrieve_attend(
             q, k, v, **self._arguments(block, layer, grid), scale=scale, return_lse=return_lse
         )
-        self._begin(block, layer)
+        self._begin(block, layer, grid)
         return (out, lse) if return_lse else out
 
     def arguments(self, layer: int, start_frame: int, grid: Sequence[int], frames: int | None = None) -> dict[str, Any]:
@@ -167,9 +170,10 @@ class MemoryWindow:
         Args:
             frames: frames in the block; ``config.frames_per_block`` when not given.
         """
+        grid = self._checked_grid(grid)
         block = self._block_at(start_frame, self.config.frames_per_block if frames is None else frames)
         arguments = self._arguments(block, layer, grid)
-        self._begin(block, layer)
+        self._begin(block, layer, grid)
         return arguments
 
     def finish(self, start_frame: int, embeddings: torch.Tensor | None = None) -> None:
@@ -177,7 +181,7 @@ class MemoryWindow:
 
         Args:
             start_frame: first frame of the block.
-            embeddings: ``(B, n, E)`` floating point, one a frame; may be None when ``top_k`` is 0. An embedding with
+            embeddings: ``(B, n, E)`` floating point, one a frame; not looked at when ``top_k`` is 0. An embedding with
                 NaN or infinity is counted; its frame is never chosen, and as the newest it retrieves nothing.
 
         Raises:
@@ -285,7 +289,7 @@ class MemoryWindow:
         self._seconds["retrieval"] += time.perf_counter() - began
         return block
 
-    def _begin(self, block: Block, layer: int) -> None:
+    def _begin(self, block: Block, layer: int, grid: list[int]) -> None:
         """Notes that a layer has attended (or is about to); the first one opens the block."""
         if self._blocks.open is None:
             chosen = self._history.chosen
@@ -293,16 +297,14 @@ class MemoryWindow:
             repeated = (chosen[:, :, None] == memory[:, None, :]).any(-1) & (chosen >= 0)
             self._counters["selected_frames"] += int((chosen >= 0).sum())
             self._counters["repeated_frames"] += int(repeated.sum())
-            self._blocks.open = block
+            self._blocks.open, self._grid = block, grid
         if layer not in block.layers:
             placed = (block.state[:, SOURCE] >= 0) | (block.state[:, STAGED] >= 0)
             self._counters["placed_pages"] += int(placed.sum())
             block.layers.add(layer)
 
-    def _arguments(self, block: Block, layer: int, grid: Sequence[int]) -> dict[str, Any]:
+    def _arguments(self, block: Block, layer: int, grid: list[int]) -> dict[str, Any]:
         check_int("layer", layer, 0, self.layers - 1)
-        if not isinstance(grid, Sequence) or len(grid) != 2 or any(not isinstance(size, int) for size in grid):
-            raise TypeError(f"grid must be (h, w), two ints, got {grid!r}")
         absolute = self.config.position_rule == "absolute"
         self._extend_rope(max(*grid, block.end if absolute else self.config.window))
         index = self._history.index
@@ -318,7 +320,7 @@ class MemoryWindow:
             "start_frame": block.start_frame,
             "rope": self.rope,
             "rope_split": self.rope_split,
-            "grid": list(grid),
+            "grid": grid,
             "sink": self.config.sink,
             "top_k": self.config.top_k,
             "recent_exclude": self.config.recent_exclude,
@@ -329,6 +331,20 @@ class MemoryWindow:
             "index_normalized": True,
             "engine": self.engine,
         }
+
+    def _checked_grid(self, grid: Sequence[int]) -> list[int]:
+        if not isinstance(grid, Sequence) or len(grid) != 2 or any(not isinstance(size, int) for size in grid):
+            raise TypeError(f"grid must be (h, w), two ints, got {grid!r}")
+        sizes = list(grid)
+        if min(sizes) < 1 or sizes[0] * sizes[1] != self.tokens_per_frame:
+            raise ValueError(
+                f"grid must be (h, w) with h * w = tokens_per_frame ({self.tokens_per_frame}), got {sizes}"
+            )
+        if self._grid not in (None, sizes):
+            raise ValueError(
+                f"grid must stay {self._grid}, in which earlier pages were rotated, until reset; got {sizes}"
+            )
+        return sizes
 
     def _check_embeddings(self, embeddings: torch.Tensor | None, block: Block) -> torch.Tensor:
         if embeddings is None:
@@ -341,13 +357,9 @@ class MemoryWindow:
             raise ValueError(f"embeddings must have at least one channel, got shape {tuple(embeddings.shape)}")
         return embeddings.detach()
 
-    def _split(self) -> tuple[int, int, int]:
-        time_channels, height, width = self.rope_split
-        return time_channels, height, width
-
     def _extend_rope(self, positions: int) -> None:
         """Grows the window's own rotary table; a given one is left as it is, and the op says when it is too short."""
         if self._own_rope and positions > self.rope.shape[0]:
             self.rope = rotary_table(
-                2 * self.rope.shape[1], 2 * positions, split=self._split(), dtype=self._rope_dtype, device=self.device
+                2 * self.rope.shape[1], 2 * positions, split=self.rope_split, dtype=self._rope_dtype, device=self.device
             )

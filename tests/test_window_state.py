@@ -288,3 +288,15 @@ def test_a_full_history_forgets_what_was_retrieved_least_recently() -> None:
         pair.finish(x[None, None])
         pair.sim.forgotten = set(range(pair.start)) - held()
     assert held() == {0} | set(range(pair.start - 5, pair.start))
+
+
+def test_the_grid_stays_for_a_whole_video() -> None:
+    """Earlier pages keep the spatial rotation they were written with: another grid would be silently wrong."""
+    window = MemoryWindow(WindowConfig(3, 1, 1, 0, 1), layers=1, batch=1, tokens_per_frame=6, kv_heads=1, head_dim=16)
+    x = torch.ones(1, 6, 1, 16)
+    window.attend(0, x, x, x, 0, (2, 3))
+    window.finish(0, torch.ones(1, 1, 4))
+    with pytest.raises(ValueError, match=r"grid must stay \[2, 3\].*got \[3, 2\]"):
+        window.attend(0, x, x, x, 1, (3, 2))
+    window.reset()
+    window.attend(0, x, x, x, 0, (3, 2))

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..assignment import STATE_ROWS
 from ..config import check_position_rule
+from ..rotary import check_split
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -76,10 +77,7 @@ def check_rotary(rope: torch.Tensor, rope_split: Sequence[int], head_dim: int, l
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, because channels are rotated in pairs; got {head_dim}")
     check("rope", rope, (None, head_dim // 2, 2), (torch.float32, torch.float64), like)
-    if len(rope_split) != 3 or sum(rope_split) != head_dim or any(c < 0 or c % 2 for c in rope_split):
-        raise ValueError(
-            f"rope_split must be three even numbers that add up to head_dim ({head_dim}), got {list(rope_split)}"
-        )
+    check_split(rope_split, head_dim)
 
 
 def check_grid(grid: Sequence[int], tokens: int, rope: torch.Tensor) -> None:
