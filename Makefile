@@ -47,8 +47,7 @@ help:
 	@echo
 	@echo 'PYTHON=python3.12    the Python to use (>= 3.10)'
 	@echo 'VENV=none            use PYTHON as it is: nothing is downloaded, only this package is installed into it'
-	@echo "TORCH='torch==2.13.0'   what to install as torch; for the smaller CPU build from its own index, say"
-	@echo "                     TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
+	@echo "TORCH='torch==2.13.0'   what pip installs as torch; to this an --index-url may be added, for a smaller CPU build"
 	@echo 'LONGLIVE_BUILD_CUDA=auto|1|0   compile CUDA sources when nvcc is found | or fail | never'
 
 setup: $(INSTALLED)
