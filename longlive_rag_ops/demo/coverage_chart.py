@@ -12,7 +12,7 @@ from .stream import Streamed
 __all__ = ["draw_coverage_chart"]
 
 _LINES = (
-    ("best", "best possible choice of old frames", "#999999", ":"),
+    ("best", "best possible choice of old frames", "#2e8b57", (0, (4, 1, 1, 1))),
     ("retrieved", "sink + retrieved + local (this package)", "#e8112d", "-"),
     ("sliding", "sink + newest (plain sliding window)", "#1f3b73", "--"),
     ("random", "sink + random old frames + local (expected)", "#7a5195", "-."),
