@@ -122,3 +122,36 @@ def occupied_slots(state: torch.Tensor) -> torch.Tensor:
     """Slot table for `window_attend`: ``(B, W)`` int64, the slot's number where it holds a frame, else -1."""
     numbers = torch.arange(state.shape[2], device=state.device)
     return torch.where(state[:, FRAME] >= 0, numbers, -1)
+
+
+def check_state(state: torch.Tensor, *, slots: int, staging_rows: int, positions: int, count: int | None) -> None:
+    """Checks a window state that a caller may have made, before anything is placed by it.
+
+    Args:
+        state: ``(B, 4, W)`` int64.
+        slots: slots of the pool; canonical pages lie in ``W .. slots-1``.
+        staging_rows: rows of the staging buffer.
+        positions: rows of the rotary table.
+        count: occupied slots in every sample, when the caller says so.
+
+    Raises:
+        ValueError: a number is out of range, or ``count`` is not the number of occupied slots.
+    """
+    window = state.shape[2]
+    for sample, rows in enumerate(state.tolist()):
+        for slot, (frame, position, source, staged) in enumerate(zip(*rows, strict=True)):
+            where = f"window_state of sample {sample}, slot {slot}:"
+            if frame >= 0 and position >= positions:
+                raise ValueError(f"rope must reach temporal position {position}, got a table of {positions} positions")
+            if frame >= 0 and position < 0:
+                raise ValueError(f"{where} position must lie between 0 and {positions - 1}, got {position}")
+            if source != -1 and not window <= source < slots:
+                raise ValueError(f"{where} source must be -1 or lie between {window} and {slots - 1}, got {source}")
+            if not -1 <= staged < staging_rows:
+                raise ValueError(f"{where} staging row must lie between -1 and {staging_rows - 1}, got {staged}")
+        occupied = [frame >= 0 for frame in rows[FRAME]]
+        if count is not None and occupied != [slot < count for slot in range(window)]:
+            raise ValueError(
+                f"count must be the number of occupied slots, the first ones, in every sample; got {count}, but "
+                f"window_state of sample {sample} holds {rows[FRAME]}"
+            )

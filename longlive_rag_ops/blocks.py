@@ -19,6 +19,8 @@ class Block:
         start_frame: ``start`` as an int64 tensor ``(1,)`` on the device.
         count: occupied window slots; None where samples differ.
         layers: layers that have attended.
+        placed: those among them whose pages are known to be in place.
+        remembered: its pages and embeddings are in the history; only the choice for the next block is missing.
     """
 
     start: int
@@ -27,6 +29,8 @@ class Block:
     start_frame: torch.Tensor
     count: int | None
     layers: set[int] = field(default_factory=set)
+    placed: set[int] = field(default_factory=set)
+    remembered: bool = False
 
     @property
     def end(self) -> int:
@@ -77,6 +81,8 @@ class BlockSequence:
             )
         if start_frame < block.start:
             raise RuntimeError(f"start_frame {start_frame} is earlier than the current block's, {block.start}")
+        if block.remembered:
+            raise RuntimeError(f"finish({block.start}, ...) failed half-way: call it again before attending")
         if frames != block.frames:
             raise ValueError(f"q must hold the current block's {block.frames} frames in every call, got {frames}")
         return block

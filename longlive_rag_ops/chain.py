@@ -1,4 +1,8 @@
-"""`retrieve_attend` as a sequence of the other ops, written once for every engine that has no fused form of it."""
+"""`retrieve_attend` as a sequence of the other ops, written once for every engine that has no fused form of it.
+
+The oracle and the dense engine share this sequence, so holding one against the other says nothing about it; what does
+is the brute-force simulator of the tests, and the recorded traces.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from .assignment import FRAME, POSITION, SOURCE, STAGED, advance_window, occupied_slots
+from .assignment import FRAME, POSITION, SOURCE, STAGED, advance_window, check_state, occupied_slots
 from .config import candidate_end, window_slot
 
 
@@ -27,6 +31,7 @@ def retrieve_attend(
     rope: torch.Tensor,
     rope_split: Sequence[int],
     grid: Sequence[int],
+    *,
     sink: int,
     top_k: int,
     recent_exclude: int,
@@ -41,41 +46,49 @@ def retrieve_attend(
     index_normalized: bool = False,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select (once a block), place (once a block and layer), write, attend; ``engine`` gives the single steps."""
+    """Select (once a block), place (once a block and layer), write, attend; ``engine`` gives the single steps.
+
+    Everything is checked before anything is written. Selecting again for a block that is already in the window
+    changes nothing, so that a call that failed half-way can be made again.
+    """
     start, window = int(start_frame), window_state.shape[2]
-    local = window - sink - top_k
-    frames = q.shape[1] // pool_layer.shape[3]
-    block = range(start, start + frames)
+    block = range(start, start + q.shape[1] // pool_layer.shape[3])
+    slots = [window_slot(frame, sink, window - sink - top_k) for frame in block]
     state = window_state
-    if select:
+    if select and not _holds(window_state, block, slots):
         chosen = choose_frames(
-            engine, index, index_ids, index_length, start, window, sink, top_k, recent_exclude, index_normalized
+            engine,
+            index,
+            index_ids,
+            index_length,
+            start,
+            window=window,
+            sink=sink,
+            top_k=top_k,
+            recent_exclude=recent_exclude,
+            normalized=index_normalized,
         )
         state = advance_window(
             window_state,
             chosen,
             frame_slot,
             start,
-            frames,
+            len(block),
             sink=sink,
             top_k=top_k,
             staging_rows=staging.shape[1],
             position_rule=position_rule,
         )
-    highest = int(state[:, POSITION].max())
-    if highest >= rope.shape[0]:
-        raise ValueError(f"rope must reach temporal position {highest}, got a table of {rope.shape[0]} positions")
-    slots = [window_slot(frame, sink, local) for frame in block]
-    held = state[0, FRAME, slots].tolist()
-    if held != list(block):
+    if not _holds(state, block, slots):
         raise RuntimeError(
-            f"window_state must hold the block's frames {list(block)} (start_frame {start}), got {held}: pass "
-            "select=True on one call a block, before any other"
+            f"window_state must hold the block's frames {list(block)} (start_frame {start}) in slots {slots} of every "
+            f"sample, got {state[:, FRAME, slots].tolist()}: pass select=True on one call a block, before any other"
         )
-    if select:
+    check_state(state, slots=pool_layer.shape[2], staging_rows=staging.shape[1], positions=rope.shape[0], count=count)
+    if state is not window_state:
         window_state.copy_(state)
     if place:
-        place_window(engine, pool_layer, staging, window_state, rope, rope_split)
+        place_window(engine, pool_layer, staging, state, rope, rope_split)
     rotated = engine.write_frames(
         q,
         k,
@@ -84,7 +97,7 @@ def retrieve_attend(
         staging,
         torch.tensor(slots, device=q.device),
         torch.tensor([frame % staging.shape[1] for frame in block], device=q.device),
-        window_state[0, POSITION, slots],
+        state[0, POSITION, slots],
         rope,
         rope_split,
         grid,
@@ -92,9 +105,14 @@ def retrieve_attend(
         k_weight,
         eps,
     )
-    table = occupied_slots(window_state) if count is None else None
+    table = occupied_slots(state) if count is None else None
     out, lse = engine.window_attend(rotated, pool_layer, table, count, scale, return_lse)
     return out, lse
+
+
+def _holds(state: torch.Tensor, block: range, slots: list[int]) -> bool:
+    """Whether every sample has the block's frames in their slots."""
+    return all(row == list(block) for row in state[:, FRAME, slots].tolist())
 
 
 def choose_frames(
@@ -103,6 +121,7 @@ def choose_frames(
     index_ids: torch.Tensor,
     index_length: torch.Tensor,
     start: int,
+    *,
     window: int,
     sink: int,
     top_k: int,
@@ -114,13 +133,14 @@ def choose_frames(
     The query is the embedding of frame ``start - 1``, found by its id. A sample without one (the first block, a
     non-finite embedding) retrieves nothing.
     """
-    samples = index.shape[0]
+    samples, rows, _ = index.shape
     end = candidate_end(start, window, sink)
-    if top_k == 0 or end - recent_exclude <= sink:
+    if top_k == 0 or rows == 0 or end - recent_exclude <= sink:
         return torch.full((samples, top_k), -1, dtype=torch.int64, device=index.device)
-    rows = torch.arange(index.shape[1], device=index.device) < index_length
-    newest = (index_ids == start - 1) & rows  # (B, N), at most one row a sample
-    query = torch.where(newest.any(1, keepdim=True), index[torch.arange(samples), newest.int().argmax(1)], torch.nan)
+    used = torch.arange(rows, device=index.device) < index_length
+    newest = (index_ids == start - 1) & used  # (B, N), at most one row a sample
+    found = index[torch.arange(samples, device=index.device), newest.int().argmax(1)]
+    query = torch.where(newest.any(1, keepdim=True), found, torch.nan)
     ids, _ = engine.topk_retrieve(
         query, index, index_ids, index_length, index_ids.new_tensor(end), top_k, sink, recent_exclude, None, normalized
     )

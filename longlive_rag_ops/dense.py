@@ -45,7 +45,8 @@ def topk_retrieve(
         allowed = (frames >= max(first_frame, 0)) & (frames < end)
         if exclude is not None:
             allowed &= ~torch.isin(frames, exclude[b])
-        rows = index[b, :length].to(dtype) if normalized else unit_rows(index[b, :length])
+        rows = index[b, :length].to(dtype)
+        rows = rows if normalized else unit_rows(rows)
         unit_query = unit_rows(query[b])
         rough = torch.mv(rows, unit_query)
         rough = torch.where(allowed & rough.isfinite(), rough, -math.inf)
@@ -78,23 +79,35 @@ def write_frames(
 ) -> torch.Tensor:
     """Each key is read once and its products are written straight into the pool and the staging buffer."""
     compute = lse_dtype(q.dtype)
-    table = torch.view_as_complex(rope.to(compute))
-    temporal, spatial = _phases(table, rope_split, grid, positions)
-    frames, pairs = len(slots), temporal.shape[-1]
+    still, turned = _phases(torch.view_as_complex(rope.to(compute).contiguous()), rope_split, grid, positions)
+    frames = len(slots)
     keys = _as_complex(rms_norm(k, k_weight, eps).unflatten(1, (frames, -1)), compute)  # (B, n, T, H, D/2)
     values = v.unflatten(1, (frames, -1))
-    for i, (slot, row) in enumerate(zip(slots.tolist(), staging_rows.tolist(), strict=True)):
-        if row >= 0:
-            _multiply_into(staging[:, row], keys[:, i], _canonical_phase(spatial, pairs))
-        if slot >= 0:
-            _multiply_into(pool_layer[0, :, slot], keys[:, i], _full_phase(temporal[i], spatial))
-            pool_layer[1, :, slot] = values[:, i]
+    for part, rows in _runs(staging_rows.tolist()):
+        _multiply_into(staging[:, rows], keys[:, part], still)
+    for part, at in _runs(slots.tolist()):
+        _multiply_into(pool_layer[0, :, at], keys[:, part], turned[part])
+        pool_layer[1, :, at] = values[:, part]
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     queries = _as_complex(rms_norm(q, q_weight, eps).unflatten(1, (frames, -1)), compute)
-    targets = rotated.unflatten(1, (frames, -1))
-    for i in range(frames):
-        _multiply_into(targets[:, i], queries[:, i], _full_phase(temporal[i], spatial))
+    _multiply_into(rotated.unflatten(1, (frames, -1)), queries, turned)
     return rotated
+
+
+def _runs(targets: list[int]) -> list[tuple[slice, slice]]:
+    """Frames that go to consecutive places, as (slice of the block, slice of the places); -1 is left out.
+
+    A block mostly is one run, and one large product costs less than one for each frame.
+    """
+    runs: list[tuple[slice, slice]] = []
+    for i, target in enumerate(targets):
+        if target < 0:
+            continue
+        if runs and runs[-1][0].stop == i and runs[-1][1].stop == target:
+            runs[-1] = (slice(runs[-1][0].start, i + 1), slice(runs[-1][1].start, target + 1))
+        else:
+            runs.append((slice(i, i + 1), slice(target, target + 1)))
+    return runs
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -109,22 +122,23 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 def _phases(
     table: torch.Tensor, rope_split: Sequence[int], grid: Sequence[int], positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Complex turns of each frame in time ``(n, pairs of time)`` and of each token in space ``(T, other pairs)``."""
+    """Complex turns of a frame's tokens at temporal position 0 ``(T, 1, D/2)`` and at each position ``(n, T, 1, D/2)``.
+
+    Multiplying a temporal channel by the ``1 + 0i`` of position 0 changes no bit of a finite key.
+    """
     time, high = rope_split[0] // 2, rope_split[1] // 2
     height, width = grid
-    down = table[:height, None, time : time + high].expand(-1, width, -1)
-    across = table[None, :width, time + high :].expand(height, -1, -1)
-    return table[positions, :time], torch.cat([down, across], dim=-1).flatten(0, 1)
-
-
-def _full_phase(temporal: torch.Tensor, spatial: torch.Tensor) -> torch.Tensor:
-    """``(T, 1, D/2)``: one frame's turn in time beside every token's turn in space."""
-    return torch.cat([temporal.expand(spatial.shape[0], -1), spatial], dim=-1)[:, None]
-
-
-def _canonical_phase(spatial: torch.Tensor, pairs: int) -> torch.Tensor:
-    """`_full_phase` at temporal position 0; multiplying by ``1 + 0i`` changes no bit of a finite key."""
-    return _full_phase(spatial.new_ones(pairs), spatial)
+    still = torch.cat(
+        [
+            table.new_ones(height, width, time),
+            table[:height, None, time : time + high].expand(-1, width, -1),
+            table[None, :width, time + high :].expand(height, -1, -1),
+        ],
+        dim=-1,
+    ).flatten(0, 1)[:, None]
+    turned = still.repeat(len(positions), 1, 1, 1)
+    turned[..., :time] = table[positions, None, None, :time]
+    return still, turned
 
 
 def _as_complex(x: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
@@ -167,8 +181,8 @@ def place_frames(
     compute = lse_dtype(pool_layer.dtype)
     keys = pool_layer[0] if k_pages is None else k_pages
     values = pool_layer[1] if k_pages is None else v_pages
-    table = torch.view_as_complex(rope[:, : rope_split[0] // 2].to(compute))
-    still = table.new_ones(pool_layer.shape[3], rope.shape[1] - table.shape[1])  # (T, pairs of height and width)
+    table = torch.view_as_complex(rope[:, : rope_split[0] // 2].to(compute).contiguous())
+    phase = table.new_ones(pool_layer.shape[3], 1, rope.shape[1])  # (T, 1, D/2)
     for b, (to, from_, at) in enumerate(zip(slots.tolist(), source.tolist(), positions.tolist(), strict=True)):
         for slot, page, position in zip(to, from_, at, strict=True):
             if slot < 0 or page < 0:
@@ -177,7 +191,8 @@ def place_frames(
             if position == 0:
                 pool_layer[0, b, slot].copy_(key)
             else:
-                _multiply_into(pool_layer[0, b, slot], _as_complex(key, compute), _full_phase(table[position], still))
+                phase[..., : table.shape[1]] = table[position]
+                _multiply_into(pool_layer[0, b, slot], _as_complex(key, compute), phase)
             if values is not None:
                 scale = None if v_scale is None else v_scale[b, page]
                 pool_layer[1, b, slot].copy_(_dequantise(values[b, page], scale, compute))
@@ -197,6 +212,8 @@ def window_attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One dense call for all samples that attend to the same contiguous run, else one call a sample."""
     tables = [list(range(run or 0))] if slots is None else [[s for s in row if s >= 0] for row in slots.tolist()]
+    if not tables:
+        return reference.window_attend(q, pool_layer, slots, run, scale, return_lse)  # no samples
     if all(table == tables[0] for table in tables):
         out, lse = _attend_slots(q, pool_layer, tables[0], scale, return_lse)
     else:
@@ -226,7 +243,9 @@ def _attend_slots(
     # The queries of a group of heads attend to the same keys: they join along the sequence, keys are not repeated.
     queries = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, Hkv, G * S, D)
     if return_lse:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, scale=scale)
+        # This kernel reads the innermost axis as if it were contiguous, without looking.
+        operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys, values)]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)
         lse = lse.reshape(lse_shape).to(lse_dtype(q.dtype))
     else:
         out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scale)

@@ -58,7 +58,12 @@ def check_engine(name: str) -> str:
 
 
 def resolve_engine(name: str, device_type: str) -> ModuleType:
-    """Module of the engine that a call with ``engine=name`` on a device runs on.
+    """Module of the engine that a call with ``engine=name`` on a device runs on; raises as `engine_name` does."""
+    return _load(engine_name(name, device_type))
+
+
+def engine_name(name: str, device_type: str) -> str:
+    """Name of the engine that a call with ``engine=name`` on a device runs on.
 
     Raises:
         ValueError: no such engine, or it does not run on this device type.
@@ -72,7 +77,7 @@ def resolve_engine(name: str, device_type: str) -> ModuleType:
     if name == "auto":
         for choice in PREFERENCE.get(device_type, ()):
             if ENGINES[choice].obstacle() is None:
-                return _load(choice)
+                return choice
         raise ValueError(f"q must be on a device that an engine runs on ({', '.join(PREFERENCE)}), got {device_type}")
     engine = ENGINES[name]
     if device_type not in engine.devices:
@@ -80,7 +85,7 @@ def resolve_engine(name: str, device_type: str) -> ModuleType:
     reason = engine.obstacle()
     if reason is not None:
         raise RuntimeError(f"engine {name!r} is not available: {reason}")
-    return _load(name)
+    return name
 
 
 _loaded: dict[str, ModuleType] = {}

@@ -84,14 +84,14 @@ class FrameHistory:
         self.non_finite += self.index.append(range(start, end), embeddings)
 
     @normal_tensors
-    def choose(self, query: torch.Tensor, start: int) -> None:
-        """Chooses for the block that starts at ``start`` by the newest frame's embedding ``(B, E)``."""
+    def choose(self, start: int) -> None:
+        """Chooses for the block that starts at ``start``, by the embedding of frame ``start - 1``."""
         config, index = self.config, self.index
         if index is None:
             raise RuntimeError("choose must follow add, got an empty history")
         end = candidate_end(start, config.window, config.sink)
         self.chosen, self.scores = torch.ops.longlive.topk_retrieve(
-            query,
+            index.embedding(start - 1),
             index.embeddings,
             index.ids,
             index.length,

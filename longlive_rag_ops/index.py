@@ -48,18 +48,24 @@ class FrameIndex:
 
     @normal_tensors
     def append(self, frames: range, embeddings: torch.Tensor) -> int:
-        """Adds frames with embeddings ``(B, n, E)``; returns how many embeddings were not finite."""
-        rows = [heapq.heappop(self._freed) if self._freed else self._next_row() for _ in frames]
+        """Adds frames (or replaces their embeddings, ``(B, n, E)``); returns how many embeddings were not finite."""
+        rows = [self._row[frame] if frame in self._row else self._free_row() for frame in frames]
         if self._used > self.embeddings.shape[1]:
             self._grow(max(64, 2 * self._used))
+        embeddings = embeddings.to(self.embeddings.dtype)  # what float32 cannot hold is infinite from here on
         finite = embeddings.isfinite().all(-1)  # (B, n)
-        units = unit_rows(embeddings.to(self.embeddings.dtype))
+        units = unit_rows(embeddings)
         self.embeddings[:, rows] = torch.where(finite[..., None], units, 0.0)
         numbers = torch.arange(frames.start, frames.stop, device=self.ids.device)
         self.ids[:, rows] = torch.where(finite, numbers, -1)
         self.length.fill_(self._used)
         self._row.update(zip(frames, rows, strict=True))
         return int((~finite).sum())
+
+    def embedding(self, frame: int) -> torch.Tensor:
+        """Unit embedding of a frame, ``(B, E)``; NaN in samples where it was not finite."""
+        row = self._row[frame]
+        return torch.where(self.ids[:, row, None] == frame, self.embeddings[:, row], torch.nan)
 
     def remove(self, frame: int) -> None:
         """Takes a frame out in every sample; its row is free again."""
@@ -72,7 +78,9 @@ class FrameIndex:
         """Bytes of embeddings and ids, spare rows included."""
         return self.embeddings.nbytes + self.ids.nbytes
 
-    def _next_row(self) -> int:
+    def _free_row(self) -> int:
+        if self._freed:
+            return heapq.heappop(self._freed)
         self._used += 1
         return self._used - 1
 

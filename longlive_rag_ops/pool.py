@@ -66,7 +66,7 @@ class HistoryPool:
         Raises:
             RuntimeError: the capacity is used up and ``on_full`` is ``error``.
         """
-        needed = len(self.table) + len(frames)
+        needed = len(self.table) + sum(frame not in self.table for frame in frames)
         if needed > self.table.capacity:
             if self.limit is None:
                 self._grow(max(needed, 2 * self.table.capacity))

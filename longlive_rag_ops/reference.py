@@ -71,7 +71,7 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 
     Dividing by the largest entry first keeps the squares of very large and very small embeddings in range.
     """
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = (rows if rows.dtype == torch.float64 else rows.float()).contiguous()  # see row_scores
     largest = rows.abs().amax(-1, keepdim=True)
     scaled = rows / torch.where(largest > 0, largest, 1.0)
     length = scaled.square().sum(-1, keepdim=True).sqrt()
@@ -82,10 +82,10 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 def row_scores(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Dot product of a unit query ``(E,)`` with unit rows ``(N, E)``: ``(N,)``.
 
-    Each row is reduced on its own, so that equal rows score equal to the last bit wherever they are stored; a
-    matrix product does not promise that, and ties are decided by it.
+    Each row is reduced on its own, so that equal rows score equal to the last bit wherever they are stored, and ties
+    are real. A matrix product does not promise that, nor does a sum over rows that are not contiguous.
     """
-    return (rows * query).sum(-1)
+    return (rows * query).contiguous().sum(-1)
 
 
 def topk_retrieve(
@@ -109,7 +109,7 @@ def topk_retrieve(
     for b in range(samples):
         rows, frames = index[b, :length].to(score_dtype), index_ids[b, :length]
         cosine = row_scores(unit_rows(query[b]), rows if normalized else unit_rows(rows))
-        allowed = (frames >= max(first_frame, 0)) & (frames < end) & ~cosine.isnan()
+        allowed = (frames >= max(first_frame, 0)) & (frames < end) & cosine.isfinite()
         if exclude is not None:
             allowed &= ~torch.isin(frames, exclude[b])
         ranked = sorted(zip((-cosine[allowed]).tolist(), frames[allowed].tolist(), strict=True))[:k]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from .assignment import FRAME, SOURCE, STAGED, advance_window, empty_window_state
 from .blocks import Block, BlockSequence
 from .config import WindowConfig, check_int
-from .engines import resolve_engine
+from .engines import engine_name
 from .history import FrameHistory, check_history_slots
 from .modes import normal_tensors
 from .ops.checks import FLOATS, check, check_rotary
@@ -19,6 +19,11 @@ from .pool import HistoryPool
 from .rotary import check_split, default_split, rotary_table
 
 FIRST_POSITIONS = 1024  # rows of the rotary table before any frame asks for more
+
+
+def _plans(block: Block) -> torch.Tensor:
+    """Window slots in which the block's plan places a page, ``(B, W)`` bool."""
+    return (block.state[:, SOURCE] >= 0) | (block.state[:, STAGED] >= 0)
 
 
 class MemoryWindow:
@@ -76,9 +81,7 @@ class MemoryWindow:
         self.tokens_per_frame = check_int("tokens_per_frame", tokens_per_frame, 1)
         check_int("kv_heads", kv_heads, 1)
         check_int("head_dim", head_dim, 2)
-        self.device = torch.device(device)
-        resolve_engine(engine, self.device.type)
-        self.engine = engine
+        self.engine = engine_name(engine, torch.device(device).type)
         self._own_rope = rope is None
         self.rope_split = check_split(default_split(head_dim) if rope_split is None else rope_split, head_dim)
         self._rope_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -95,9 +98,10 @@ class MemoryWindow:
             head_dim=head_dim,
             dtype=dtype,
             device=device,
-            capacity=history_slots,
+            capacity=history_slots if config.top_k > 0 else 1,  # without retrieval no history is kept
             on_full=on_full,
         )
+        self.device = self._pool.pages.device  # with its number, which "cuda" alone does not say
         check_rotary(self.rope, self.rope_split, head_dim, self._pool.pages)
         self._staging = torch.zeros(
             layers, batch, config.staging_rows, tokens_per_frame, kv_heads, head_dim, dtype=dtype, device=device
@@ -124,6 +128,7 @@ class MemoryWindow:
         )
         self._seconds = {"retrieval": 0.0, "commit": 0.0}
 
+    @overload
     def attend(
         self,
         layer: int,
@@ -133,9 +138,45 @@ class MemoryWindow:
         start_frame: int,
         grid: Sequence[int],
         *,
+        return_lse: Literal[True],
         scale: float | None = None,
+        q_weight: torch.Tensor | None = None,
+        k_weight: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @overload
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start_frame: int,
+        grid: Sequence[int],
+        *,
+        return_lse: Literal[False] = False,
+        scale: float | None = None,
+        q_weight: torch.Tensor | None = None,
+        k_weight: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> torch.Tensor: ...
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start_frame: int,
+        grid: Sequence[int],
+        *,
         return_lse: bool = False,
-    ) -> Any:
+        scale: float | None = None,
+        q_weight: torch.Tensor | None = None,
+        k_weight: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of one block in one layer; writes the block's keys and values in place.
 
         Args:
@@ -144,6 +185,8 @@ class MemoryWindow:
             start_frame: first frame of the block.
             grid: ``(h, w)`` tokens of a frame, the same for the whole video.
             scale: of the logits; ``D ** -0.5`` when not given.
+            q_weight, k_weight, eps: query-key RMSNorm over the model width, ``(Hq*D,)`` and ``(Hkv*D,)``; for a
+                backbone that has not normalised q and k itself.
 
         Returns:
             ``(B, n*T, Hq, D)``; with ``return_lse`` also the log-sum-exp ``(B, Hq, n*T)``, float32 (float64 for
@@ -157,22 +200,43 @@ class MemoryWindow:
         frames = self._frames_of(q)
         block = self._block_at(start_frame, frames)
         out, lse = torch.ops.longlive.retrieve_attend(
-            q, k, v, **self._arguments(block, layer, grid), scale=scale, return_lse=return_lse
+            q,
+            k,
+            v,
+            **self._arguments(block, layer, grid, place=layer not in block.placed),
+            scale=scale,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            eps=eps,
+            return_lse=return_lse,
         )
         self._begin(block, layer, grid)
+        block.placed.add(layer)
         return (out, lse) if return_lse else out
 
-    def arguments(self, layer: int, start_frame: int, grid: Sequence[int], frames: int | None = None) -> dict[str, Any]:
+    def arguments(
+        self,
+        layer: int,
+        start_frame: int,
+        grid: Sequence[int],
+        frames: int | None = None,
+        place: bool | None = None,
+    ) -> dict[str, Any]:
         """Everything that ``torch.ops.longlive.retrieve_attend`` takes after q, k and v, for one call.
 
-        For modules that call the op themselves; the call must follow, once for each use of this method.
+        For modules that call the op themselves; the call must follow. Under `torch.compile`, take the arguments
+        outside of the compiled region and pass them in.
 
         Args:
+            layer, start_frame, grid: as in `attend`, and with the same errors.
             frames: frames in the block; ``config.frames_per_block`` when not given.
+            place: whether the call places the block's pages. By default every call does when there is something to
+                place, because only the caller knows whether an earlier one went through; a few copies are saved by
+                passing False on all forwards but the block's first in this layer.
         """
         grid = self._checked_grid(grid)
         block = self._block_at(start_frame, self.config.frames_per_block if frames is None else frames)
-        arguments = self._arguments(block, layer, grid)
+        arguments = self._arguments(block, layer, grid, place=bool(_plans(block).any()) if place is None else place)
         self._begin(block, layer, grid)
         return arguments
 
@@ -186,20 +250,21 @@ class MemoryWindow:
 
         Raises:
             RuntimeError: no such block is open, a layer has not attended, or ``history_slots`` are used up.
-            TypeError, ValueError: the embeddings are not allowed. The window is unchanged in every case.
+            TypeError, ValueError: the embeddings are not allowed. The window is unchanged in these cases. Should the
+                search itself fail (out of memory, say), calling again goes on from there.
         """
         block = self._blocks.finishable(start_frame)
         began = time.perf_counter()
+        if self.config.top_k > 0 and not block.remembered:
+            self._history.add(block.start, self._check_embeddings(embeddings, block), self._staging)
+            block.remembered = True
+        committed = time.perf_counter()
         if self.config.top_k > 0:
-            embeddings = self._check_embeddings(embeddings, block)
-            self._history.add(block.start, embeddings, self._staging)
+            self._history.choose(block.end)
         self._counters["blocks"] += 1
         self._counters["frames"] += block.frames
         self._last_state = block.state
         self._blocks.close(block)
-        committed = time.perf_counter()
-        if self.config.top_k > 0 and embeddings is not None:
-            self._history.choose(embeddings[:, -1], block.end)
         self._seconds["commit"] += committed - began
         self._seconds["retrieval"] += time.perf_counter() - committed
 
@@ -299,11 +364,10 @@ class MemoryWindow:
             self._counters["repeated_frames"] += int(repeated.sum())
             self._blocks.open, self._grid = block, grid
         if layer not in block.layers:
-            placed = (block.state[:, SOURCE] >= 0) | (block.state[:, STAGED] >= 0)
-            self._counters["placed_pages"] += int(placed.sum())
+            self._counters["placed_pages"] += int(_plans(block).sum())
             block.layers.add(layer)
 
-    def _arguments(self, block: Block, layer: int, grid: list[int]) -> dict[str, Any]:
+    def _arguments(self, block: Block, layer: int, grid: list[int], place: bool) -> dict[str, Any]:
         check_int("layer", layer, 0, self.layers - 1)
         absolute = self.config.position_rule == "absolute"
         self._extend_rope(max(*grid, block.end if absolute else self.config.window))
@@ -325,7 +389,7 @@ class MemoryWindow:
             "top_k": self.config.top_k,
             "recent_exclude": self.config.recent_exclude,
             "select": False,
-            "place": layer not in block.layers,
+            "place": place,
             "count": block.count,
             "position_rule": self.config.position_rule,
             "index_normalized": True,

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+import longlive_rag_ops  # noqa: F401  registers the ops
 from longlive_rag_ops.assignment import empty_window_state
+from longlive_rag_ops.config import window_slot
 from longlive_rag_ops.rotary import default_split, rotary_table
 
 GRID = (2, 3)
@@ -16,6 +18,15 @@ BLOCK = 2  # frames in a block
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def gapped(x: torch.Tensor) -> torch.Tensor:
+    """The same values with an innermost stride of 2."""
+    wide = torch.zeros(*x.shape, 2, dtype=torch.float32).to(x.dtype)
+    wide[..., 1] = 77
+    view = wide[..., 0]
+    view.copy_(x)
+    return view
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +92,7 @@ def write(dtype: torch.dtype = torch.float32, weights: bool = False, **sizes: in
         for name in "qk":
             heads, head_dim = case[name].shape[2:]
             case[f"{name}_weight"] = torch.rand(heads * head_dim, generator=generator(3)).to(dtype) + 0.5
+        case["eps"] = 0.5
     return case
 
 
@@ -109,7 +121,7 @@ def place(dtype: torch.dtype = torch.float32, pages: str = "pool", **sizes: int)
 def attend(dtype: torch.dtype = torch.float32, table: str = "slots", **sizes: int) -> dict[str, Any]:
     """``table``: slots (holes, another order in each sample), run, empty (one sample has nothing to attend to)."""
     inputs = block(dtype, **sizes)
-    case = {"q": inputs["q"], "pool_layer": inputs["pool_layer"], "return_lse": True}
+    case = {"q": inputs["q"], "pool_layer": inputs["pool_layer"], "return_lse": True, "scale": 0.4}
     if table == "run":
         case["run"] = 5
     else:
@@ -136,6 +148,38 @@ def retrieve(dtype: torch.dtype = torch.float32, select: bool = True, **sizes: i
         "place": True,
         "return_lse": True,
     }
+    return case
+
+
+def retrieve_later(
+    dtype: torch.dtype = torch.float32, select: bool = True, weights: bool = False, normalized: bool = False
+) -> dict[str, Any]:
+    """A block in the middle of a video: frames to retrieve, kept, and placed again at new positions.
+
+    With ``select=False`` the state is already that of the block.
+    """
+    samples, start = 2, 14
+    case = retrieve(dtype, slots=6 + 16) | {"index": torch.randn(samples, 16, 4, generator=generator(9))}
+    case |= {"index_ids": torch.arange(16).repeat(samples, 1), "frame_slot": torch.full((samples, 16), -1)}
+    for earlier in range(0, start, BLOCK):  # the oracle makes the history
+        step = case | {name: block(dtype, seed=earlier + 20)[name] for name in "qkv"}
+        step |= {"start_frame": torch.tensor([earlier]), "index_length": torch.tensor([earlier])}
+        torch.ops.longlive.retrieve_attend(**step, engine="reference")
+        for frame in range(earlier, earlier + BLOCK):
+            case["pool_layer"][0, :, 6 + frame] = case["staging"][:, frame % 7]
+            case["pool_layer"][1, :, 6 + frame] = case["pool_layer"][1, :, window_slot(frame, 1, 3)]
+            case["frame_slot"][:, frame] = 6 + frame
+    case |= {"start_frame": torch.tensor([start]), "index_length": torch.tensor([start]), "scale": 0.4}
+    if normalized:
+        case |= {"index": torch.nn.functional.normalize(case["index"], dim=-1), "index_normalized": True}
+    if weights:
+        rng = generator(3)
+        case |= {f"{n}_weight": (torch.rand(case[n].shape[2] * 16, generator=rng) + 0.5).to(dtype) for n in "qk"}
+        case["eps"] = 0.5
+    if not select:
+        probe = clone(case)
+        torch.ops.longlive.retrieve_attend(**probe)
+        case |= {"window_state": probe["window_state"], "select": False, "count": 6}
     return case
 
 

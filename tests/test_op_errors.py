@@ -78,7 +78,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "slots must lie between -1 and 8, got 9",
     ),
-    ("place_frames", {"slots": torch.tensor([[2, 2, 1], [1, 0, 3]])}, ValueError, "slots must name each slot once"),
+    ("place_frames", {"slots": torch.tensor([[2, 2, 1], [1, 0, 3]])}, ValueError, "slots must name each place once"),
     ("place_frames", {"source": torch.tensor([[2, 6, 5], [6, -1, 4]])}, ValueError, "source must not name a slot that"),
     (
         "place_frames",
@@ -148,7 +148,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "retrieve_attend",
         {"frame_slot": torch.full((2, 8), 9)},
         ValueError,
-        "frame_slot must lie between -1 and 8, got 9",
+        "frame_slot .* must lie between 6 and 8, got 9",
     ),
     (
         "retrieve_attend",
@@ -202,3 +202,30 @@ def test_fake_tensors_meet_the_same_checks() -> None:
         pytest.raises(ValueError, match="exactly one of slots and run"),
     ):
         torch.ops.longlive.window_attend(**case)
+
+
+def bad_states() -> list[Any]:
+    """Window states that a caller of ``select=False`` may get wrong: (sample, row, slot, number, message)."""
+    return [
+        pytest.param(1, 0, 3, 8, r"window_state must hold the block's frames", id="one sample holds another frame"),
+        pytest.param(
+            1, 1, 0, -1, "window_state of sample 1, slot 0: position must lie between 0 and 63", id="position"
+        ),
+        pytest.param(0, 1, 0, 64, "rope must reach temporal position 64, got a table of 64", id="high position"),
+        pytest.param(0, 2, 4, 99, "slot 4: source must be -1 or lie between 6 and", id="source"),
+        pytest.param(0, 2, 4, 3, "slot 4: source must be -1 or lie between 6 and", id="source in the window"),
+        pytest.param(1, 3, 2, 99, "slot 2: staging row must lie between -1 and", id="staging row"),
+    ]
+
+
+@pytest.mark.parametrize(("sample", "row", "slot", "number", "message"), bad_states())
+def test_a_wrong_window_state_is_named_before_anything_is_written(
+    sample: int, row: int, slot: int, number: int, message: str
+) -> None:
+    case = cases.retrieve_later(select=False)
+    block_slot = case["window_state"][0, 0].tolist().index(int(case["start_frame"]))
+    case["window_state"][sample, row, block_slot if row == 0 else slot] = number
+    before = cases.clone(case)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.longlive.retrieve_attend(**case)
+    assert all(torch.equal(case[n], before[n]) for n in ("pool_layer", "staging", "window_state"))

@@ -112,3 +112,43 @@ def test_nothing_asked_for_or_nothing_there(engine: str) -> None:
     assert retrieve(torch.ones(2), torch.ones(3, 2), 0, engine) == ([], [])
     assert retrieve(torch.ones(2), torch.ones(0, 2), 2, engine) == ([-1, -1], [-math.inf] * 2)
     assert retrieve(torch.ones(2), torch.ones(3, 2), 2, engine, end_frame=0) == ([-1, -1], [-math.inf] * 2)
+
+
+@pytest.mark.parametrize("embedding", [3, 64, 256])
+def test_ties_hold_for_rows_that_are_not_contiguous(engine: str, embedding: int) -> None:
+    row = torch.randn(embedding, generator=torch.Generator().manual_seed(5))
+    query = torch.randn(embedding, generator=torch.Generator().manual_seed(6))
+    for rows in range(2, 40):
+        index = row.repeat(rows, 1).T.contiguous().T  # stored column by column
+        ids = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
+        frames, _ = retrieve(query, index, 5, engine, ids=ids)
+        assert frames == [*range(min(rows, 5)), *[-1] * (5 - min(rows, 5))]
+
+
+@pytest.mark.parametrize("query", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("index", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_query_and_index_may_differ_in_dtype(engine: str, query: torch.dtype, index: torch.dtype) -> None:
+    frames, _ = retrieve(torch.tensor([1.0, 0.5]).to(query), torch.eye(2).to(index), 2, engine)
+    assert frames == [0, 1]
+
+
+def test_non_finite_rows_of_a_normalised_index_are_not_chosen(engine: str) -> None:
+    index = torch.eye(3)
+    index[1, 0] = torch.inf
+    assert retrieve(torch.tensor([1.0, 0.0, 0.0]), index, 3, engine, normalized=True)[0] == [0, 2, -1]
+
+
+def test_the_quick_search_never_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense engine scores contenders again: rounding of its matrix product, at its worst, changes nothing."""
+    rng = torch.Generator().manual_seed(8)
+    index = torch.randn(300, 64, generator=rng)
+    index[100:200] = index[:100] * (1 + 1e-6 * torch.randn(100, 64, generator=rng))  # near-ties
+    query = torch.randn(64, generator=rng)
+    want = retrieve(query, index, 12, "reference")
+    exact, worst = torch.mv, 64 * torch.finfo(torch.float32).eps
+    for seed in range(10):
+        noise = torch.Generator().manual_seed(seed)
+        monkeypatch.setattr(
+            torch, "mv", lambda a, b, n=noise: exact(a, b) + worst * (2 * torch.rand(len(a), generator=n) - 1)
+        )
+        assert retrieve(query, index, 12, "dense") == want

@@ -10,6 +10,7 @@ import pytest
 import torch
 from window_pair import Pair, error_of, one_thread, rejected  # noqa: F401 (a fixture)
 
+from longlive_rag_ops import MemoryWindow, WindowConfig, dense
 from longlive_rag_ops.rotary import rotary_table
 
 SMALL: dict[str, Any] = {"window": 6, "sink": 1, "top_k": 2, "recent_exclude": 0, "frames_per_block": 2}
@@ -153,3 +154,91 @@ def test_a_given_table_that_is_too_short(blocks: int) -> None:
         for _ in range(blocks + 2):
             pair.block()
     assert pair.start <= 2 * max(1, blocks)
+
+
+def test_arguments_place_until_a_call_went_through() -> None:
+    """A call of the op that fails after `arguments` must not leave the retrieved pages behind."""
+    outs = []
+    for fail in (False, True):
+        window = MemoryWindow(
+            WindowConfig(4, 1, 1, 0, 1), layers=1, batch=1, tokens_per_frame=2, kv_heads=1, head_dim=16
+        )
+        generator = torch.Generator().manual_seed(1)
+        for start in range(8):
+            q, k, v = (torch.randn(1, 2, 1, 16, generator=generator) for _ in range(3))
+            if fail:
+                with pytest.raises(TypeError):
+                    torch.ops.longlive.retrieve_attend(q.double(), k, v, **window.arguments(0, start, (1, 2), 1))
+            out, _ = torch.ops.longlive.retrieve_attend(q, k, v, **window.arguments(0, start, (1, 2), 1))
+            window.finish(start, torch.randn(1, 1, 4, generator=generator))
+        outs.append(out)
+    assert torch.equal(*outs)
+
+
+def test_a_search_that_fails_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`finish` goes on where it stopped: nothing is stored twice, and no block attends to an old choice."""
+    results = []
+    for fail in (False, True):
+        window = MemoryWindow(
+            WindowConfig(4, 1, 1, 0, 1), layers=1, batch=1, tokens_per_frame=2, kv_heads=1, head_dim=16
+        )
+        generator = torch.Generator().manual_seed(1)
+        for start in range(8):
+            q, k, v = (torch.randn(1, 2, 1, 16, generator=generator) for _ in range(3))
+            out = window.attend(0, q, k, v, start, (1, 2))
+            embedding = torch.randn(1, 1, 4, generator=generator)
+            if fail:
+                with monkeypatch.context() as patched:
+
+                    def broken(*args: Any) -> None:
+                        raise RuntimeError("out of memory")
+
+                    patched.setattr(dense, "topk_retrieve", broken)
+                    with pytest.raises(RuntimeError, match="out of memory"):
+                        window.finish(start, embedding)
+                with pytest.raises(RuntimeError, match="failed half-way: call it again"):
+                    window.attend(0, q, k, v, start, (1, 2))
+            window.finish(start, embedding)
+        stats = window.stats()
+        results.append((out.tolist(), window.selected, stats["history_frames"], stats["frames"]))
+    assert results[0] == results[1]
+
+
+def test_normalising_in_the_window_equals_normalising_before() -> None:
+    config = WindowConfig(4, 1, 1, 0, 1)
+    sizes: dict[str, Any] = {"layers": 1, "batch": 1, "tokens_per_frame": 2, "kv_heads": 2, "head_dim": 16}
+    inside, before = MemoryWindow(config, **sizes), MemoryWindow(config, **sizes)
+    weight = torch.rand(32) + 0.5
+    for start in range(7):
+        q, k, v = (3 * torch.randn(1, 2, 2, 16) for _ in range(3))
+        normed = [torch.nn.functional.rms_norm(x.flatten(2), (32,), weight, 1e-3).view_as(x) for x in (q, k)]
+        out = inside.attend(0, q, k, v, start, (1, 2), q_weight=weight, k_weight=weight, eps=1e-3)
+        torch.testing.assert_close(out, before.attend(0, *normed, v, start, (1, 2)), rtol=1e-5, atol=1e-5)
+        embedding = torch.randn(1, 1, 4)
+        inside.finish(start, embedding)
+        before.finish(start, embedding)
+
+
+def test_layers_compile_with_arguments_taken_outside() -> None:
+    """Two layers that share one pool in one graph, block after block: as in eager mode."""
+    torch._dynamo.reset()
+    sizes: dict[str, Any] = {"layers": 2, "batch": 1, "tokens_per_frame": 2, "kv_heads": 1, "head_dim": 16}
+    eager, compiled = (MemoryWindow(WindowConfig(6, 1, 2, 0, 2), **sizes, history_slots=40) for _ in range(2))
+
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: list[dict[str, Any]]) -> torch.Tensor:
+        for layer in arguments:
+            q = q + torch.ops.longlive.retrieve_attend(q, k, v, **layer)[0]
+        return q
+
+    fast = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for start in range(0, 24, 2):
+        qkv = [torch.randn(1, 4, 1, 16) for _ in range(3)]
+        want, got = (
+            function(*qkv, [window.arguments(layer, start, (1, 2), place=True) for layer in range(2)])
+            for function, window in ((step, eager), (fast, compiled))
+        )
+        torch.testing.assert_close(got, want)
+        embedding = torch.randn(1, 2, 4)
+        eager.finish(start, embedding)
+        compiled.finish(start, embedding)
+    assert torch.equal(eager.pool, compiled.pool)

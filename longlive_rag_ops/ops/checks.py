@@ -95,6 +95,8 @@ def check_pool(pool_layer: torch.Tensor, q: torch.Tensor) -> None:
     if q.dtype not in FLOATS:
         raise TypeError(f"q must have dtype {' or '.join(str(dtype) for dtype in FLOATS)}, got {q.dtype}")
     check("pool_layer", pool_layer, (2, q.shape[0], None, None, None, q.shape[3]), (q.dtype,), q)
+    check_range("head_dim", q.shape[3], 1)
+    check_range("pool_layer's tokens_per_frame", pool_layer.shape[3], 1)
     kv_heads = pool_layer.shape[4]
     if kv_heads < 1 or q.shape[2] < kv_heads or q.shape[2] % kv_heads:
         raise ValueError(f"q must have a multiple of the pool's {kv_heads} key-value heads, got shape {tuple(q.shape)}")
@@ -107,6 +109,7 @@ def check_topk(
     index_length: torch.Tensor,
     end_frame: torch.Tensor,
     k: int,
+    first_frame: int,
     recent_exclude: int,
     exclude: torch.Tensor | None,
 ) -> None:
@@ -117,6 +120,7 @@ def check_topk(
     check("index", index, (None, None, query.shape[1]), FLOATS, query)
     check_scalar("end_frame", end_frame, query)
     check_range("k", k, 0)
+    check_range("first_frame", first_frame, 0)
     check_range("recent_exclude", recent_exclude, 0)
     if exclude is not None:
         check("exclude", exclude, (query.shape[0], None), INTEGERS, query)
@@ -189,6 +193,9 @@ def check_write(
     ):
         check(name, table, (frames,), INTEGERS, q)
         check_values(name, table, low, limit - 1)
+    for name, table in (("slots", slots), ("staging_rows", staging_rows)):
+        if has_readable_values(table):
+            _check_distinct(name, table.tolist())
 
 
 def check_place(
@@ -239,13 +246,19 @@ def _check_pages(
         check(f"{which}_scale", scale, pages.shape[:4], FLOATS, pool_layer)
 
 
+def _check_distinct(name: str, targets: list[int]) -> None:
+    """Places to write to must differ: the order of writing would decide. -1 writes nothing."""
+    written = [target for target in targets if target >= 0]
+    if len(set(written)) < len(written):
+        raise ValueError(f"{name} must name each place once, got {targets}")
+
+
 def _check_disjoint(slots: torch.Tensor, source: torch.Tensor, same_pool: bool) -> None:
     """Targets must differ, and none may be a source of the same call: the order of copies would decide."""
     for to, from_ in zip(slots.tolist(), source.tolist(), strict=True):
         pairs = [(slot, page) for slot, page in zip(to, from_, strict=True) if slot >= 0 and page >= 0]
         targets = [slot for slot, _ in pairs]
-        if len(set(targets)) < len(targets):
-            raise ValueError(f"slots must name each slot once, got {targets}")
+        _check_distinct("slots", targets)
         if same_pool and not set(targets).isdisjoint(page for _, page in pairs):
             raise ValueError(f"source must not name a slot that the same call overwrites, got {pairs} (slot, source)")
 
@@ -302,7 +315,6 @@ def check_retrieve(
     check("window_state", window_state, (samples, STATE_ROWS, None), INTEGERS, q)
     check_index(index, index_ids, index_length, q, samples)
     check("frame_slot", frame_slot, (samples, None), INTEGERS, q)
-    check_values("frame_slot", frame_slot, -1, pool_layer.shape[2] - 1)
     check_scalar("start_frame", start_frame, q)
     check_values("start_frame", start_frame, 0, 2**62)
     check_position_rule(position_rule)
@@ -322,5 +334,8 @@ def check_retrieve(
         )
     if pool_layer.shape[2] < window:
         raise ValueError(f"pool_layer must have at least window ({window}) slots, got {pool_layer.shape[2]}")
+    if has_readable_values(frame_slot):
+        given = frame_slot[frame_slot != -1]
+        check_values("frame_slot (a canonical page, or -1)", given, window, pool_layer.shape[2] - 1)
     if count is not None:
         check_range("count", count, 1, window)

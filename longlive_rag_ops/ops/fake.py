@@ -45,9 +45,9 @@ def window_attend(
     return q.new_empty(q.shape), q.new_empty(shape, dtype=lse_dtype(q.dtype))
 
 
-def retrieve_attend(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `window_attend`; ``return_lse`` comes last."""
-    return window_attend(q, q, None, None, None, rest[-1])
+def retrieve_attend(q: torch.Tensor, *rest: Any, return_lse: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `window_attend`."""
+    return window_attend(q, q, None, None, None, return_lse)
 
 
 def merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

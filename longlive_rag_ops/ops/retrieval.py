@@ -46,7 +46,7 @@ def topk_retrieve(
         ids ``(B, k)`` int64, most similar first, -1 past the last; scores ``(B, k)`` float32 (float64 for a float64
         query), -inf past the last.
     """
-    checks.check_topk(query, index, index_ids, index_length, end_frame, k, recent_exclude, exclude)
+    checks.check_topk(query, index, index_ids, index_length, end_frame, k, first_frame, recent_exclude, exclude)
     return implementation(engine, query).topk_retrieve(
         query, index, index_ids, index_length, end_frame, k, first_frame, recent_exclude, exclude, normalized
     )

@@ -1,6 +1,7 @@
 """Schemas of the ops: the contract that every engine, the fake implementations and the callers share.
 
-``Tensor(a!)`` marks what an op mutates; nothing else is written, and no output aliases an input.
+``Tensor(a!)`` marks what an op mutates; nothing else is written, and no output aliases an input. ``run`` and ``count``
+are symbolic, because they take a dozen values in a video and each would be compiled for by itself.
 """
 
 SCHEMAS = {
@@ -20,14 +21,14 @@ SCHEMAS = {
         "-> ()"
     ),
     "window_attend": (
-        "(Tensor q, Tensor pool_layer, Tensor? slots=None, *, int? run=None, float? scale=None, "
+        "(Tensor q, Tensor pool_layer, Tensor? slots=None, *, SymInt? run=None, float? scale=None, "
         "bool return_lse=False, str engine='auto') -> (Tensor, Tensor)"
     ),
     "retrieve_attend": (
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) pool_layer, Tensor(b!) staging, Tensor(c!) window_state, "
         "Tensor index, Tensor index_ids, Tensor index_length, Tensor frame_slot, Tensor start_frame, Tensor rope, "
         "int[] rope_split, int[] grid, *, int sink, int top_k, int recent_exclude, bool select, bool place, "
-        "int? count=None, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-06, float? scale=None, "
+        "SymInt? count=None, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-06, float? scale=None, "
         "str position_rule='slot', bool index_normalized=False, bool return_lse=False, str engine='auto') "
         "-> (Tensor, Tensor)"
     ),
