@@ -119,11 +119,12 @@ def place(dtype: torch.dtype = torch.float32, pages: str = "pool", **sizes: int)
 
 
 def attend(dtype: torch.dtype = torch.float32, table: str = "slots", **sizes: int) -> dict[str, Any]:
-    """``table``: slots (holes, another order in each sample), run, empty (one sample has nothing to attend to)."""
+    """``table``: slots (holes, another order in each sample), run, run without lse, empty (one sample
+    has nothing to attend to)."""
     inputs = block(dtype, **sizes)
     case = {"q": inputs["q"], "pool_layer": inputs["pool_layer"], "return_lse": True, "scale": 0.4}
-    if table == "run":
-        case["run"] = 5
+    if table.startswith("run"):
+        case |= {"run": 5, "return_lse": table == "run"}
     else:
         first = [-1, -1, -1, -1] if table == "empty" else [4, -1, 0, 7]
         case["slots"] = torch.tensor([first, [1, 2, 3, -1]])

@@ -219,6 +219,18 @@ def test_normalising_in_the_window_equals_normalising_before() -> None:
         before.finish(start, embedding)
 
 
+def test_scale_is_that_of_the_logits() -> None:
+    config = WindowConfig(4, 1, 1, 0, 1)
+    sizes: dict[str, Any] = {"layers": 1, "batch": 1, "tokens_per_frame": 2, "kv_heads": 1, "head_dim": 16}
+    scaled, plain = MemoryWindow(config, **sizes), MemoryWindow(config, **sizes)
+    for start in range(3):
+        q, k, v = (torch.randn(1, 2, 1, 16) for _ in range(3))
+        out = scaled.attend(0, q, k, v, start, (1, 2), scale=0.5)  # 16 ** -0.5 is 0.25
+        torch.testing.assert_close(out, plain.attend(0, 2 * q, k, v, start, (1, 2)), rtol=1e-5, atol=1e-5)
+        scaled.finish(start, torch.ones(1, 1, 4))
+        plain.finish(start, torch.ones(1, 1, 4))
+
+
 def test_layers_compile_with_arguments_taken_outside() -> None:
     """Two layers that share one pool in one graph, block after block: as in eager mode."""
     torch._dynamo.reset()
