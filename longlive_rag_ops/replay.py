@@ -53,7 +53,7 @@ def trace_window(trace: Trace, engine: str = "auto", device: str = "cpu") -> Mem
         recent_exclude=sizes["recent_exclude"],
         frames_per_block=sizes["frames_per_block"],
     )
-    rope: dict[str, Any] = sizes.get("rope", {})
+    rope: dict[str, Any] = sizes["rope"]
     split = rope.get("split")
     table = rotary_table(
         sizes["head_dim"],

@@ -38,6 +38,9 @@ CONFIG_SIZES = (
 )
 
 
+MAY_BE_ZERO = ("sink_frames", "top_k", "recent_exclude")
+
+
 @dataclass(frozen=True)
 class Trace:
     """A recorded run: ``config`` and ``log`` as above, and the tensors by name."""
@@ -66,16 +69,24 @@ def load_trace(path: str | Path) -> Trace:
     metadata, tensors = read_safetensors(path)
     try:
         config, log = json.loads(metadata["config"]), json.loads(metadata["log"])
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"trace {path}: metadata must have JSON texts config and log, got {error!r}") from None
     if not isinstance(config, dict) or not isinstance(log, list):
         raise ValueError(f"trace {path}: config must be an object and log a list")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"trace {path}: metadata must be texts, got {metadata!r}")
     missing = [key for key in (*CONFIG_SIZES, "grid") if key not in config]
     if missing:
         raise ValueError(f"trace {path}: config lacks {', '.join(missing)}")
     for key in CONFIG_SIZES:
-        if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < 0:
-            raise ValueError(f"trace {path}: config {key} must be an int, at least 0, got {config[key]!r}")
+        least = 0 if key in MAY_BE_ZERO else 1
+        if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < least:
+            raise ValueError(f"trace {path}: config {key} must be an int, at least {least}, got {config[key]!r}")
+    grid, rope = config["grid"], config.setdefault("rope", {})
+    if not isinstance(grid, list) or len(grid) != 2 or not all(isinstance(size, int) for size in grid):
+        raise ValueError(f"trace {path}: config grid must be [h, w], got {grid!r}")
+    if not isinstance(rope, dict):
+        raise ValueError(f"trace {path}: config rope must be an object, got {rope!r}")
     _check_tensors(path, config, log, tensors)
     return Trace(path, config, log, tensors)
 
@@ -122,6 +133,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor
     if not isinstance(header, dict):
         raise ValueError(f"trace {path} is no safetensors file: its header is not an object")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"trace {path} is no safetensors file: __metadata__ must be an object, got {metadata!r}")
     data = memoryview(bytearray(raw[8 + size :]))  # writable, as torch wants buffers to be
     return metadata, {name: _tensor(path, name, entry, data) for name, entry in header.items()}
 
@@ -129,7 +142,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor
 def _tensor(path: Path, name: str, entry: Any, data: memoryview) -> torch.Tensor:
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        fits = 0 <= begin <= end and end - begin == math.prod(shape) * dtype.itemsize
+        fits = all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
+        fits = fits and begin <= end and end - begin == math.prod(shape) * dtype.itemsize
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"trace {path}: tensor {name} has no usable header entry, got {entry!r}") from None
     if not fits:

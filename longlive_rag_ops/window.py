@@ -42,7 +42,8 @@ class MemoryWindow:
         kv_heads, head_dim: of keys and values; queries may have a multiple of ``kv_heads``.
         dtype: of queries, keys and values; float64, float32, float16 or bfloat16.
         device: where the pool lives.
-        history_slots: most frames of history kept; None keeps all, growing the pool.
+        history_slots: most frames of history kept; None keeps all, doubling the pool when it is full, which for a
+            moment holds the old and the new one. Name a number where memory is short.
         on_full: with ``history_slots``: ``error`` raises when they are used up, ``forget`` gives up the least
             recently retrieved frame.
         rope: rotary table ``(P, head_dim // 2, 2)``; made by `rotary.rotary_table` when not given.

@@ -159,6 +159,21 @@ def _negative_size(header: dict[str, Any], data: bytearray) -> None:
     header["__metadata__"]["config"] = json.dumps(config | {"top_k": -1})
 
 
+def _config(**changes: Any) -> Any:
+    def edit(header: dict[str, Any], data: bytearray) -> None:
+        config = json.loads(header["__metadata__"]["config"])
+        header["__metadata__"]["config"] = json.dumps(config | changes)
+
+    return edit
+
+
+def _shape(shape: list[Any]) -> Any:
+    def edit(header: dict[str, Any], data: bytearray) -> None:
+        header["block02.forward1.k"]["shape"] = shape
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -167,6 +182,13 @@ def _negative_size(header: dict[str, Any], data: bytearray) -> None:
         (_wrong_shape, "tensor block02.forward1.k must have shape"),
         (_wrong_offsets, "tensor block02.forward1.k must have offsets that match its shape"),
         (_negative_size, "config top_k must be an int, at least 0, got -1"),
+        (_config(blocks=0), "config blocks must be an int, at least 1, got 0"),
+        (_config(rope=None), "config rope must be an object, got None"),
+        (_config(grid=6), r"config grid must be [h, w], got 6"),
+        (_shape([-1, 3]), "must have offsets that match its shape"),
+        (_shape([0.5]), "must have offsets that match its shape"),
+        (lambda header, data: header.update(__metadata__=[]), "__metadata__ must be an object, got []"),
+        (lambda header, data: header["__metadata__"].update(config=3), "metadata must have JSON texts"),
         (lambda header, data: data.clear(), "is truncated: tensor"),
         (lambda header, data: data.__delitem__(slice(-1, None)), "is truncated: tensor"),
     ],

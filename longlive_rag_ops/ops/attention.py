@@ -49,7 +49,7 @@ def retrieve_attend(
     writes the block's pages in place and attends. `MemoryWindow.arguments` gives everything after ``v``.
 
     Args:
-        q, k, v: the block's ``n`` frames, before rotation, as in ``write_frames``.
+        q, k, v: the block's ``n`` frames, before rotation, shapes and dtypes as in ``write_frames``.
         pool_layer: ``(2, B, slots, T, Hkv, D)``: slots ``0 .. W-1`` are the window, the rest canonical pages; mutated.
         staging: ``(B, R, T, Hkv, D)``, ``R >= W - S - K + n``; mutated.
         window_state: ``(B, 4, W)`` int64 (see `assignment`); mutated when ``select``.
@@ -67,6 +67,13 @@ def retrieve_attend(
 
     Returns:
         out ``(B, n*T, Hq, D)``, lse ``(B, Hq, n*T)`` or ``(0,)``, as ``window_attend``.
+
+    Raises:
+        TypeError: a dtype is not allowed.
+        ValueError: a shape, size or device is not allowed, or ``window - sink - top_k`` is less than the block.
+            Values of index tables are checked on a CPU only.
+        RuntimeError: an input requires grad in grad mode, or the engine is not available,
+            or ``window_state`` lacks frames it must hold.
     """
     checks.check_retrieve(
         q,
@@ -146,6 +153,12 @@ def window_attend(
     Returns:
         out ``(B, S, Hq, D)`` in q's dtype; lse ``(B, Hq, S)`` float32 (float64 for float64), of shape ``(0,)`` when
         not asked for. A sample with nothing to attend to gets output 0 and log-sum-exp -inf.
+
+    Raises:
+        TypeError: a dtype is not allowed.
+        ValueError: a shape, size or device is not allowed, or not exactly one of slots and run is given.
+            Values of index tables are checked on a CPU only.
+        RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
     checks.check_attend(q, pool_layer, slots, run)
     return implementation(engine, q).window_attend(q, pool_layer, slots, run, scale, return_lse)
@@ -161,6 +174,12 @@ def merge_attention(outs: torch.Tensor, lses: torch.Tensor, *, engine: str = "au
 
     Returns:
         out ``(B, S, H, D)``, lse ``(B, H, S)``; 0 and -inf where every part is empty.
+
+    Raises:
+        TypeError: a dtype is not allowed.
+        ValueError: a shape, size or device is not allowed, or the engine is unknown.
+            Values of index tables are checked on a CPU only.
+        RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
     checks.check_merge(outs, lses)
     return implementation(engine, outs).merge_attention(outs, lses)

@@ -37,8 +37,9 @@ def write_frames(
     RMSNorm over the model width first.
 
     Args:
-        q: ``(B, n*T, Hq, D)``, before rotation; tokens frame-major, then row-major over the grid.
-        k, v: ``(B, n*T, Hkv, D)``.
+        q: ``(B, n*T, Hq, D)`` float64, float32, float16 or bfloat16, before rotation; tokens frame-major, then
+            row-major over the grid.
+        k, v: ``(B, n*T, Hkv, D)`` in q's dtype, as are the pool and the staging buffer.
         pool_layer: ``(2, B, slots, T, Hkv, D)``, keys and values of one layer; mutated.
         staging: ``(B, R, T, Hkv, D)``, canonical keys; mutated.
         slots, staging_rows, positions: ``(n,)`` int64.
@@ -50,6 +51,12 @@ def write_frames(
 
     Returns:
         Rotated queries ``(B, n*T, Hq, D)``.
+
+    Raises:
+        TypeError: a dtype is not allowed.
+        ValueError: a shape, size or device is not allowed, or a slot or row is named twice.
+            Values of index tables are checked on a CPU only.
+        RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
     checks.check_write(
         q, k, v, pool_layer, staging, slots, staging_rows, positions, rope, rope_split, grid, q_weight, k_weight
@@ -98,6 +105,12 @@ def place_frames(
         k_pages, v_pages: ``(B, P, T, Hkv, D)`` in the pool's dtype, int8 or float8_e4m3fn. Without ``k_pages`` pages
             come from the pool itself, keys and values; without ``v_pages`` only keys are placed.
         k_scale, v_scale: ``(B, P, T, Hkv)``, factor of a quantised page per token and head.
+
+    Raises:
+        TypeError: a dtype is not allowed.
+        ValueError: a shape, size or device is not allowed, or a slot is named twice or is also a source.
+            Values of index tables are checked on a CPU only.
+        RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
     checks.check_place(pool_layer, slots, source, positions, rope, rope_split, k_pages, v_pages, k_scale, v_scale)
     implementation(engine, pool_layer).place_frames(

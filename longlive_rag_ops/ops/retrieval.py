@@ -45,6 +45,12 @@ def topk_retrieve(
     Returns:
         ids ``(B, k)`` int64, most similar first, -1 past the last; scores ``(B, k)`` float32 (float64 for a float64
         query), -inf past the last.
+
+    Raises:
+        TypeError: a dtype is not allowed.
+        ValueError: a shape, size or device is not allowed, or the engine is unknown.
+            Values of index tables are checked on a CPU only.
+        RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
     checks.check_topk(query, index, index_ids, index_length, end_frame, k, first_frame, recent_exclude, exclude)
     return implementation(engine, query).topk_retrieve(
