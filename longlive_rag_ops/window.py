@@ -48,7 +48,7 @@ class MemoryWindow:
             recently retrieved frame.
         rope: rotary table ``(P, head_dim // 2, 2)``; made by `rotary.rotary_table` when not given.
         rope_split: real channels of (time, height, width); `rotary.default_split` when not given.
-        engine: ``auto`` or an engine's name, see `engines`.
+        engine: ``auto`` or an engine's name, see `engines`; decided once, when the window is made.
 
     Raises:
         TypeError, ValueError: an argument is not allowed.
@@ -107,7 +107,7 @@ class MemoryWindow:
         self._staging = torch.zeros(
             layers, batch, config.staging_rows, tokens_per_frame, kv_heads, head_dim, dtype=dtype, device=device
         )
-        self._history = FrameHistory(config, self._pool, engine)
+        self._history = FrameHistory(config, self._pool, self.engine)
         self.reset()
 
     @normal_tensors
