@@ -77,7 +77,7 @@ def write_frames(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Each key is read once and its products are written straight into the pool and the staging buffer."""
+    """Products are written straight into the pool and the staging buffer where dtype and strides allow it."""
     compute = lse_dtype(q.dtype)
     still, turned = _phases(torch.view_as_complex(rope.to(compute).contiguous()), rope_split, grid, positions)
     frames = len(slots)

@@ -108,6 +108,14 @@ class MemoryWindow:
             layers, batch, config.staging_rows, tokens_per_frame, kv_heads, head_dim, dtype=dtype, device=device
         )
         self._history = FrameHistory(config, self._pool, self.engine)
+        # The frames are chosen in `finish`: the op needs no index, and empty ones never change their shape.
+        self._no_search = {
+            "index": torch.zeros(batch, 0, 1, device=self.device),
+            "index_ids": torch.zeros(batch, 0, dtype=torch.int64, device=self.device),
+            "index_length": torch.zeros(1, dtype=torch.int64, device=self.device),
+            "frame_slot": torch.zeros(batch, 0, dtype=torch.int64, device=self.device),
+            "select": False,
+        }
         self.reset()
 
     @normal_tensors
@@ -225,7 +233,7 @@ class MemoryWindow:
     ) -> dict[str, Any]:
         """Everything that ``torch.ops.longlive.retrieve_attend`` takes after q, k and v, for one call.
 
-        For modules that call the op themselves; the call must follow. Under `torch.compile`, take the arguments
+        For modules that call the op themselves; the call must follow. It does not select: `finish` has chosen. Under `torch.compile`, take the arguments
         outside of the compiled region and pass them in.
 
         Args:
@@ -372,16 +380,11 @@ class MemoryWindow:
         check_int("layer", layer, 0, self.layers - 1)
         absolute = self.config.position_rule == "absolute"
         self._extend_rope(max(*grid, block.end if absolute else self.config.window))
-        index = self._history.index
-        none = self._pool.pages.new_empty(self.batch, 0, 1)
         return {
+            **self._no_search,
             "pool_layer": self._pool.pages[layer],
             "staging": self._staging[layer],
             "window_state": block.state,
-            "index": none if index is None else index.embeddings,
-            "index_ids": none[..., 0].long() if index is None else index.ids,
-            "index_length": block.start_frame.new_zeros(1) if index is None else index.length,
-            "frame_slot": self._pool.frame_slot,
             "start_frame": block.start_frame,
             "rope": self.rope,
             "rope_split": self.rope_split,
@@ -389,11 +392,9 @@ class MemoryWindow:
             "sink": self.config.sink,
             "top_k": self.config.top_k,
             "recent_exclude": self.config.recent_exclude,
-            "select": False,
             "place": place,
             "count": block.count,
             "position_rule": self.config.position_rule,
-            "index_normalized": True,
             "engine": self.engine,
         }
 
