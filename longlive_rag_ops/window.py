@@ -233,8 +233,8 @@ class MemoryWindow:
     ) -> dict[str, Any]:
         """Everything that ``torch.ops.longlive.retrieve_attend`` takes after q, k and v, for one call.
 
-        For modules that call the op themselves; the call must follow. It does not select: `finish` has chosen. Under `torch.compile`, take the arguments
-        outside of the compiled region and pass them in.
+        For modules that call the op themselves; the call must follow. It does not select: `finish` has chosen. Under
+        `torch.compile`, take the arguments outside of the compiled region and pass them in.
 
         Args:
             layer, start_frame, grid: as in `attend`, and with the same errors.
