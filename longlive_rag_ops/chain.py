@@ -45,6 +45,9 @@ def retrieve_attend(
     position_rule: str = "slot",
     index_normalized: bool = False,
     return_lse: bool = False,
+    index_scale: torch.Tensor | None = None,
+    min_score: float | None = None,
+    diversity: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Select (once a block), place (once a block and layer), write, attend; ``engine`` gives the single steps.
 
@@ -67,6 +70,9 @@ def retrieve_attend(
             top_k=top_k,
             recent_exclude=recent_exclude,
             normalized=index_normalized,
+            index_scale=index_scale,
+            min_score=min_score,
+            diversity=diversity,
         )
         state = advance_window(
             window_state,
@@ -127,6 +133,9 @@ def choose_frames(
     top_k: int,
     recent_exclude: int,
     normalized: bool,
+    index_scale: torch.Tensor | None,
+    min_score: float | None,
+    diversity: float,
 ) -> torch.Tensor:
     """Frames to retrieve for the block starting at ``start``, ``(B, K)`` int64, most similar first, -1 for none.
 
@@ -139,10 +148,23 @@ def choose_frames(
         return torch.full((samples, top_k), -1, dtype=torch.int64, device=index.device)
     used = torch.arange(rows, device=index.device) < index_length
     newest = (index_ids == start - 1) & used  # (B, N), at most one row a sample
-    found = index[torch.arange(samples, device=index.device), newest.int().argmax(1)]
+    row = torch.arange(samples, device=index.device), newest.int().argmax(1)
+    found = index[row] if index_scale is None else index[row].float() * index_scale[row][:, None].float()
     query = torch.where(newest.any(1, keepdim=True), found, torch.nan)
     ids, _ = engine.topk_retrieve(
-        query, index, index_ids, index_length, index_ids.new_tensor(end), top_k, sink, recent_exclude, None, normalized
+        query,
+        index,
+        index_ids,
+        index_length,
+        index_ids.new_tensor(end),
+        top_k,
+        sink,
+        recent_exclude,
+        None,
+        normalized,
+        index_scale,
+        min_score,
+        diversity,
     )
     return ids
 

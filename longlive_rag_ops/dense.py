@@ -30,8 +30,27 @@ def topk_retrieve(
     recent_exclude: int = 0,
     exclude: torch.Tensor | None = None,
     normalized: bool = False,
+    index_scale: torch.Tensor | None = None,
+    min_score: float | None = None,
+    diversity: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix product ranks all rows; the few that rounding could move into the best k are scored again exactly."""
+    if diversity > 0:  # every round scores all rows anew: nothing here is faster than the oracle's vector operations
+        return reference.topk_retrieve(
+            query,
+            index,
+            index_ids,
+            index_length,
+            end_frame,
+            k,
+            first_frame,
+            recent_exclude,
+            exclude,
+            normalized,
+            index_scale,
+            min_score,
+            diversity,
+        )
     samples, embedding = query.shape
     dtype = lse_dtype(query.dtype)
     ids = torch.full((samples, k), reference.NO_FRAME, dtype=torch.int64, device=query.device)
@@ -46,15 +65,23 @@ def topk_retrieve(
         if exclude is not None:
             allowed &= ~torch.isin(frames, exclude[b])
         rows = index[b, :length].to(dtype)
+        if index_scale is not None:
+            rows = rows * index_scale[b, :length, None].to(dtype)
         rows = rows if normalized else unit_rows(rows)
         unit_query = unit_rows(query[b])
         rough = torch.mv(rows, unit_query)
+        if min_score is not None:
+            allowed &= rough >= min_score - slack
         rough = torch.where(allowed & rough.isfinite(), rough, -math.inf)
         best = min(k, int((rough > -math.inf).sum()))
         if best == 0:
             continue
         contenders = (rough >= rough.topk(best).values[-1] - slack).nonzero().flatten()
         exact, frames = row_scores(unit_query, rows.index_select(0, contenders)), frames[contenders]
+        if min_score is not None:
+            passed = exact >= min_score
+            exact, frames = exact[passed], frames[passed]
+            best = min(best, len(frames))
         older_first = frames.argsort()
         ranked = older_first[exact[older_first].argsort(descending=True, stable=True)][:best]
         ids[b, :best], scores[b, :best] = frames[ranked], exact[ranked]
@@ -209,8 +236,17 @@ def window_attend(
     run: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    shifts: torch.Tensor | None = None,
+    rope: torch.Tensor | None = None,
+    rope_split: Sequence[int] | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One dense call for all samples that attend to the same contiguous run, else one call a sample."""
+    if shifts is not None or k_scale is not None:
+        return reference.window_attend(
+            q, pool_layer, slots, run, scale, return_lse, shifts, rope, rope_split, k_scale, v_scale
+        )
     tables = [list(range(run or 0))] if slots is None else [[s for s in row if s >= 0] for row in slots.tolist()]
     if not tables:
         return reference.window_attend(q, pool_layer, slots, run, scale, return_lse)  # no samples

@@ -99,8 +99,15 @@ def topk_retrieve(
     recent_exclude: int = 0,
     exclude: torch.Tensor | None = None,
     normalized: bool = False,
+    index_scale: torch.Tensor | None = None,
+    min_score: float | None = None,
+    diversity: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames most similar to the query: ids and cosines ``(B, k)``, best first, -1 and -inf past the last."""
+    """Frames most similar to the query: ids and cosines ``(B, k)``, best first, -1 and -inf past the last.
+
+    With ``diversity`` ``d``, each choice is the frame with the largest ``(1 - d) cos(query, x) - d max_s cos(x, s)``
+    over the frames ``s`` chosen before (maximal marginal relevance, Carbonell and Goldstein, SIGIR 1998).
+    """
     samples = query.shape[0]
     score_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     ids = torch.full((samples, k), NO_FRAME, dtype=torch.int64, device=query.device)
@@ -108,13 +115,25 @@ def topk_retrieve(
     length, end = int(index_length), int(end_frame) - recent_exclude
     for b in range(samples):
         rows, frames = index[b, :length].to(score_dtype), index_ids[b, :length]
-        cosine = row_scores(unit_rows(query[b]), rows if normalized else unit_rows(rows))
+        if index_scale is not None:
+            rows = rows * index_scale[b, :length, None].to(score_dtype)
+        rows = rows if normalized else unit_rows(rows)
+        cosine = row_scores(unit_rows(query[b]), rows)
         allowed = (frames >= max(first_frame, 0)) & (frames < end) & cosine.isfinite()
         if exclude is not None:
             allowed &= ~torch.isin(frames, exclude[b])
-        ranked = sorted(zip((-cosine[allowed]).tolist(), frames[allowed].tolist(), strict=True))[:k]
-        for rank, (negated, frame) in enumerate(ranked):
-            ids[b, rank], scores[b, rank] = frame, -negated
+        if min_score is not None:
+            allowed &= cosine >= min_score
+        redundancy = torch.zeros_like(cosine)  # largest cosine with a frame already chosen
+        for rank in range(min(k, int(allowed.sum()))):
+            value = cosine if diversity == 0 else (1 - diversity) * cosine - diversity * redundancy
+            best = value[allowed].max()
+            row = min((allowed & (value == best)).nonzero().flatten().tolist(), key=lambda row: int(frames[row]))
+            ids[b, rank], scores[b, rank] = frames[row], cosine[row]
+            allowed[row] = False
+            if diversity > 0:
+                shared = row_scores(rows[row], rows)
+                redundancy = shared if rank == 0 else torch.maximum(redundancy, shared)
     return ids, scores
 
 
@@ -170,7 +189,7 @@ def place_frames(
         for slot, page, position in zip(to, from_, at, strict=True):
             if slot < 0 or page < 0:
                 continue
-            pool_layer[0, b, slot] = _turn_in_time(
+            pool_layer[0, b, slot] = turn_in_time(
                 _dequantise(keys[b, page], None if k_scale is None else k_scale[b, page]), rope, rope_split, position
             )
             if values is not None:
@@ -182,13 +201,14 @@ def _dequantise(page: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     return page.double() if scale is None else page.double() * scale.double()[..., None]
 
 
-def _turn_in_time(page: torch.Tensor, rope: torch.Tensor, rope_split: Sequence[int], position: int) -> torch.Tensor:
-    """Canonical key page ``(T, H, D)`` at a temporal position: only the temporal channels turn."""
+def turn_in_time(x: torch.Tensor, rope: torch.Tensor, rope_split: Sequence[int], position: int) -> torch.Tensor:
+    """Turns the temporal channels of ``(..., D)`` by a position, which may be negative; the others stay."""
     time = rope_split[0]
-    cosine, sine = rope[position, : time // 2].double().unbind(-1)
-    even, odd = page[..., :time].unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rope[abs(position), : time // 2].double().unbind(-1)
+    sine = sine if position >= 0 else -sine
+    even, odd = x[..., :time].unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
-    return torch.cat([turned, page[..., time:]], dim=-1)
+    return torch.cat([turned, x[..., time:]], dim=-1)
 
 
 def window_attend(
@@ -198,21 +218,38 @@ def window_attend(
     run: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    shifts: torch.Tensor | None = None,
+    rope: torch.Tensor | None = None,
+    rope_split: Sequence[int] | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over the pages in a table of slots: ``(B, S, Hq, D)`` and log-sum-exp ``(B, Hq, S)``."""
+    """Softmax attention over the pages in a table of slots: ``(B, S, Hq, D)`` and log-sum-exp ``(B, Hq, S)``.
+
+    A page shifted by ``d`` in time is attended to by the query turned by ``-d``: ``R(-d) q . k = q . R(d) k``.
+    """
     samples, length, heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     out = torch.zeros_like(q)
     lse = torch.full((samples, heads, length), -math.inf, dtype=lse_dtype(q.dtype), device=q.device)
     for b in range(samples):
-        table = range(run or 0) if slots is None else [slot for slot in slots[b].tolist() if slot >= 0]
-        if not table:
+        table = range(run or 0) if slots is None else slots[b].tolist()
+        shift = [0] * len(table) if shifts is None else shifts[b].tolist()
+        pages = [(slot, by) for slot, by in zip(table, shift, strict=True) if slot >= 0]
+        if not pages:
             continue  # nothing to attend to: output 0, log-sum-exp -inf
-        keys = torch.cat([pool_layer[0, b, slot] for slot in table]).double()  # (tokens, Hkv, D)
-        values = torch.cat([pool_layer[1, b, slot] for slot in table]).double()
-        group = heads // keys.shape[1]
-        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-        logits = torch.einsum("shd,thd->hst", q[b].double(), keys) * scale
+        group = heads // pool_layer.shape[4]
+        parts = []
+        for slot, by in pages:
+            key = _dequantise(pool_layer[0, b, slot], None if k_scale is None else k_scale[b, slot])  # (T, Hkv, D)
+            query = q[b].double()
+            if rope is not None and rope_split is not None:
+                query = turn_in_time(query, rope, rope_split, -by)
+            parts.append(torch.einsum("shd,thd->hst", query, key.repeat_interleave(group, 1)) * scale)
+        values = torch.cat(
+            [_dequantise(pool_layer[1, b, slot], None if v_scale is None else v_scale[b, slot]) for slot, _ in pages]
+        ).repeat_interleave(group, 1)  # (tokens, Hq, D)
+        logits = torch.cat(parts, -1)
         total = logits.logsumexp(-1)  # (Hq, S)
         out[b] = torch.einsum("hst,thd->shd", (logits - total[..., None]).exp(), values).to(q.dtype)
         lse[b] = total.to(lse.dtype)

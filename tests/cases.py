@@ -66,10 +66,13 @@ def block(
     }
 
 
-def topk(dtype: torch.dtype = torch.float32, rows: int = 20, embedding: int = 8, seed: int = 0) -> dict[str, Any]:
+def topk(
+    dtype: torch.dtype = torch.float32, rows: int = 20, embedding: int = 8, seed: int = 0, options: str = ""
+) -> dict[str, Any]:
+    """``options``: int8 (a quantised index), gate (a least score) or diverse."""
     rng = generator(seed)
     ids = torch.stack([torch.randperm(rows, generator=rng) for _ in range(2)])
-    return {
+    case = {
         "query": torch.randn(2, embedding, generator=rng, dtype=torch.float64).to(dtype),
         "index": torch.randn(2, rows, embedding, generator=rng, dtype=torch.float64).to(dtype),
         "index_ids": ids,
@@ -79,6 +82,10 @@ def topk(dtype: torch.dtype = torch.float32, rows: int = 20, embedding: int = 8,
         "first_frame": 1,
         "recent_exclude": 2,
     }
+    if options == "int8":
+        case["index_scale"] = case["index"].float().abs().amax(-1) / 127
+        case["index"] = (case["index"].float() / case["index_scale"][..., None]).round().to(torch.int8)
+    return case | {"gate": {"min_score": 0.1}, "diverse": {"diversity": 0.4}}.get(options, {})
 
 
 def write(dtype: torch.dtype = torch.float32, weights: bool = False, **sizes: int) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def place(dtype: torch.dtype = torch.float32, pages: str = "pool", **sizes: int)
 
 def attend(dtype: torch.dtype = torch.float32, table: str = "slots", **sizes: int) -> dict[str, Any]:
     """``table``: slots (holes, another order in each sample), run, run without lse, empty (one sample
-    has nothing to attend to)."""
+    has nothing to attend to), shifts (entries moved in time), int8 (quantised pages)."""
     inputs = block(dtype, **sizes)
     case = {"q": inputs["q"], "pool_layer": inputs["pool_layer"], "return_lse": True, "scale": 0.4}
     if table.startswith("run"):
@@ -128,6 +135,14 @@ def attend(dtype: torch.dtype = torch.float32, table: str = "slots", **sizes: in
     else:
         first = [-1, -1, -1, -1] if table == "empty" else [4, -1, 0, 7]
         case["slots"] = torch.tensor([first, [1, 2, 3, -1]])
+    if table == "shifts":
+        case |= {name: inputs[name] for name in ("rope", "rope_split")}
+        case["shifts"] = torch.tensor([[5, 63, -63, 0], [0, -4, 12, 99]])
+    if table == "int8":
+        pages = case["pool_layer"].float()
+        scale = pages.abs().amax(-1) / 127
+        case["pool_layer"] = (pages / scale[..., None]).round().to(torch.int8)
+        case["k_scale"], case["v_scale"] = scale.to(torch.float16)
     return case
 
 

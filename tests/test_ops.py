@@ -19,6 +19,9 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+TABLES = ("slots", "run", "run without lse", "empty", "shifts", "int8")
+
+
 def call(op: str, case: dict[str, Any], engine: str = "auto") -> Any:
     return getattr(torch.ops.longlive, op)(**case, engine=engine)
 
@@ -32,11 +35,12 @@ def variants() -> list[Any]:
     forms = [
         ("topk_retrieve", cases.topk, {}),
         ("topk_retrieve", cases.topk, {"rows": 3}),
+        *(("topk_retrieve", cases.topk, {"options": options}) for options in ("int8", "gate", "diverse")),
         ("write_frames", cases.write, {}),
         ("write_frames", cases.write, {"weights": True}),
         ("write_frames", cases.write, {"head_dim": 128, "heads": 2}),
         *(("place_frames", cases.place, {"pages": pages}) for pages in ("pool", "keys", "int8", "fp8")),
-        *(("window_attend", cases.attend, {"table": table}) for table in ("slots", "run", "run without lse", "empty")),
+        *(("window_attend", cases.attend, {"table": table}) for table in TABLES),
         ("window_attend", cases.attend, {"heads": 2, "head_dim": 96}),
         ("retrieve_attend", cases.retrieve, {}),
         ("retrieve_attend", cases.retrieve_later, {}),

@@ -40,6 +40,9 @@ def retrieve_attend(
     position_rule: str = "slot",
     index_normalized: bool = False,
     return_lse: bool = False,
+    index_scale: torch.Tensor | None = None,
+    min_score: float | None = None,
+    diversity: float = 0.0,
     engine: str = "auto",
 ) -> Pair:
     """Attention of a block over ``[sink | retrieved memory | local]``: the op that backbones call.
@@ -64,6 +67,7 @@ def retrieve_attend(
         scale, return_lse: as in ``window_attend``.
         position_rule: ``slot`` or ``absolute``, see `WindowConfig`.
         index_normalized: the index's rows already have unit length.
+        index_scale, min_score, diversity: as in ``topk_retrieve``.
 
     Returns:
         out ``(B, n*T, Hq, D)``, lse ``(B, Hq, n*T)`` or ``(0,)``, as ``window_attend``.
@@ -96,7 +100,11 @@ def retrieve_attend(
         count,
         q_weight,
         k_weight,
+        scale,
         position_rule,
+        index_scale,
+        min_score,
+        diversity,
     )
     return implementation(engine, q).retrieve_attend(
         q,
@@ -126,6 +134,9 @@ def retrieve_attend(
         position_rule=position_rule,
         index_normalized=index_normalized,
         return_lse=return_lse,
+        index_scale=index_scale,
+        min_score=min_score,
+        diversity=diversity,
     )
 
 
@@ -138,17 +149,27 @@ def window_attend(
     run: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    shifts: torch.Tensor | None = None,
+    rope: torch.Tensor | None = None,
+    rope_split: Sequence[int] | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     engine: str = "auto",
 ) -> Pair:
     """Softmax attention of a block over the pages in a table of slots, without a mask.
 
     Args:
         q: ``(B, S, Hq, D)``, rotated.
-        pool_layer: ``(2, B, slots, T, Hkv, D)`` in q's dtype; ``Hq`` is a multiple of ``Hkv`` (grouped queries).
+        pool_layer: ``(2, B, slots, T, Hkv, D)`` in q's dtype, or int8; ``Hq`` is a multiple of ``Hkv`` (grouped
+            queries).
         slots: ``(B, N)`` int64; -1 is skipped. The order does not matter, but for rounding.
         run: instead of ``slots``: attend to slots ``0 .. run-1`` of every sample.
         scale: of the logits; ``D ** -0.5`` when not given.
         return_lse: also return the log-sum-exp (natural logarithm) of the scaled logits.
+        shifts: ``(B, N)`` int64, for each entry of ``slots`` how far its keys are moved in time, ``-P < shift < P``:
+            the query is turned by ``-shift`` instead, which gives the same logits.
+        rope, rope_split: as in ``write_frames``; needed for ``shifts``, and only there.
+        k_scale, v_scale: ``(B, slots, T, Hkv)``, factors of an int8 pool's keys and values per token and head.
 
     Returns:
         out ``(B, S, Hq, D)`` in q's dtype; lse ``(B, Hq, S)`` float32 (float64 for float64), of shape ``(0,)`` when
@@ -160,8 +181,10 @@ def window_attend(
             Values of index tables are checked on a CPU only.
         RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
-    checks.check_attend(q, pool_layer, slots, run)
-    return implementation(engine, q).window_attend(q, pool_layer, slots, run, scale, return_lse)
+    checks.check_attend(q, pool_layer, slots, run, scale, shifts, rope, rope_split, k_scale, v_scale)
+    return implementation(engine, q).window_attend(
+        q, pool_layer, slots, run, scale, return_lse, shifts, rope, rope_split, k_scale, v_scale
+    )
 
 
 @register

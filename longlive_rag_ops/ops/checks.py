@@ -5,6 +5,7 @@ Values of index tables are checked too, where that costs no device synchronisati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from ..rotary import check_split
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 INTEGERS = (torch.int64,)
+LARGEST_FRAME = 2**31 - 1  # engines may sort scores and frame numbers as one 64-bit key
 
 
 def check(
@@ -72,6 +74,26 @@ def check_values(name: str, x: torch.Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie between {low} and {high}, got {got}")
 
 
+def check_finite(name: str, x: torch.Tensor) -> None:
+    """Checks that factors are finite; on a CPU only."""
+    if has_readable_values(x) and not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
+
+
+def check_scale(scale: float | None) -> None:
+    """Checks the factor of the logits."""
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def check_choice(min_score: float | None, diversity: float) -> None:
+    """Checks the options of the choice."""
+    if min_score is not None and not math.isfinite(min_score):
+        raise ValueError(f"min_score must be finite or None, got {min_score}")
+    if not 0 <= diversity < 1:
+        raise ValueError(f"diversity must be at least 0 and less than 1, got {diversity}")
+
+
 def check_rotary(rope: torch.Tensor, rope_split: Sequence[int], head_dim: int, like: torch.Tensor) -> None:
     """Checks the rotary table against the head dimension."""
     if head_dim % 2:
@@ -88,13 +110,14 @@ def check_grid(grid: Sequence[int], tokens: int, rope: torch.Tensor) -> None:
         raise ValueError(f"grid must fit the rope table of {rope.shape[0]} positions, got {list(grid)}")
 
 
-def check_pool(pool_layer: torch.Tensor, q: torch.Tensor) -> None:
+def check_pool(pool_layer: torch.Tensor, q: torch.Tensor, quantised: bool = False) -> None:
     """Checks a layer's pool ``(2, B, slots, T, Hkv, D)`` against queries ``(B, S, Hq, D)``."""
     if q.dim() != 4:
         raise ValueError(f"q must have shape (samples, tokens, heads, head_dim), got {tuple(q.shape)}")
     if q.dtype not in FLOATS:
         raise TypeError(f"q must have dtype {' or '.join(str(dtype) for dtype in FLOATS)}, got {q.dtype}")
-    check("pool_layer", pool_layer, (2, q.shape[0], None, None, None, q.shape[3]), (q.dtype,), q)
+    allowed = (q.dtype, torch.int8) if quantised else (q.dtype,)
+    check("pool_layer", pool_layer, (2, q.shape[0], None, None, None, q.shape[3]), allowed, q)
     check_range("head_dim", q.shape[3], 1)
     check_range("pool_layer's tokens_per_frame", pool_layer.shape[3], 1)
     kv_heads = pool_layer.shape[4]
@@ -112,12 +135,16 @@ def check_topk(
     first_frame: int,
     recent_exclude: int,
     exclude: torch.Tensor | None,
+    index_scale: torch.Tensor | None,
+    min_score: float | None,
+    diversity: float,
 ) -> None:
     """Arguments of ``topk_retrieve``."""
     check("query", query, (None, None), FLOATS, query)
     check_range("query's embedding size", query.shape[1], 1)
-    check_index(index, index_ids, index_length, query, query.shape[0])
-    check("index", index, (None, None, query.shape[1]), FLOATS, query)
+    check_index(index, index_ids, index_length, index_scale, query, query.shape[0])
+    check("index", index, (None, None, query.shape[1]), (*FLOATS, torch.int8), query)
+    check_choice(min_score, diversity)
     check_scalar("end_frame", end_frame, query)
     check_range("k", k, 0)
     check_range("first_frame", first_frame, 0)
@@ -127,11 +154,22 @@ def check_topk(
 
 
 def check_index(
-    index: torch.Tensor, index_ids: torch.Tensor, index_length: torch.Tensor, like: torch.Tensor, samples: int
+    index: torch.Tensor,
+    index_ids: torch.Tensor,
+    index_length: torch.Tensor,
+    index_scale: torch.Tensor | None,
+    like: torch.Tensor,
+    samples: int,
 ) -> None:
-    """The embedding matrix ``(B, N, E)``, its frame ids ``(B, N)`` and its length on the device."""
-    check("index", index, (samples, None, None), FLOATS, like)
+    """The embedding matrix ``(B, N, E)``, its frame ids ``(B, N)``, its length on the device, int8 rows' factors."""
+    check("index", index, (samples, None, None), (*FLOATS, torch.int8), like)
     check("index_ids", index_ids, (samples, index.shape[1]), INTEGERS, like)
+    check_values("index_ids", index_ids, -(2**63), LARGEST_FRAME)
+    if (index.dtype == torch.int8) != (index_scale is not None):
+        need = "needs" if index_scale is None else "takes no"
+        raise ValueError(f"index of dtype {index.dtype} {need} index_scale")
+    if index_scale is not None:
+        check("index_scale", index_scale, index_ids.shape, FLOATS, like)
     check_scalar("index_length", index_length, like)
     check_values("index_length", index_length, 0, index.shape[1])
 
@@ -244,6 +282,7 @@ def _check_pages(
         raise ValueError(f"{which}_pages of dtype {pages.dtype} {need} {which}_scale")
     if scale is not None:
         check(f"{which}_scale", scale, pages.shape[:4], FLOATS, pool_layer)
+        check_finite(f"{which}_scale", scale)
 
 
 def _check_distinct(name: str, targets: list[int]) -> None:
@@ -263,9 +302,28 @@ def _check_disjoint(slots: torch.Tensor, source: torch.Tensor, same_pool: bool) 
             raise ValueError(f"source must not name a slot that the same call overwrites, got {pairs} (slot, source)")
 
 
-def check_attend(q: torch.Tensor, pool_layer: torch.Tensor, slots: torch.Tensor | None, run: int | None) -> None:
+def check_attend(
+    q: torch.Tensor,
+    pool_layer: torch.Tensor,
+    slots: torch.Tensor | None,
+    run: int | None,
+    scale: float | None,
+    shifts: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    rope_split: Sequence[int] | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
     """Arguments of ``window_attend``."""
-    check_pool(pool_layer, q)
+    check_pool(pool_layer, q, quantised=True)
+    check_scale(scale)
+    for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (factor is not None) != (pool_layer.dtype == torch.int8):
+            need = "needs" if factor is None else "takes no"
+            raise ValueError(f"pool_layer of dtype {pool_layer.dtype} {need} {name}")
+        if factor is not None:
+            check(name, factor, pool_layer.shape[1:5], FLOATS, q)
+            check_finite(name, factor)
     if (slots is None) == (run is None):
         raise ValueError(f"exactly one of slots and run must be given, got {'none' if run is None else 'both'}")
     if slots is not None:
@@ -273,6 +331,17 @@ def check_attend(q: torch.Tensor, pool_layer: torch.Tensor, slots: torch.Tensor 
         check_values("slots", slots, -1, pool_layer.shape[2] - 1)
     if run is not None:
         check_range("run", run, 0, pool_layer.shape[2])
+    given = {"shifts": shifts is not None, "rope": rope is not None, "rope_split": rope_split is not None}
+    if shifts is None or rope is None or rope_split is None:
+        if any(given.values()):
+            missing = ", ".join(name for name, present in given.items() if not present)
+            raise ValueError(f"shifts, rope and rope_split must be given together, got none of {missing}")
+        return
+    if slots is None:
+        raise ValueError("shifts must be given together with slots, got run")
+    check_rotary(rope, rope_split, q.shape[3], q)
+    check("shifts", shifts, slots.shape, INTEGERS, q)
+    check_values("shifts", torch.where(slots >= 0, shifts, 0), 1 - rope.shape[0], rope.shape[0] - 1)
 
 
 def check_merge(outs: torch.Tensor, lses: torch.Tensor) -> None:
@@ -304,7 +373,11 @@ def check_retrieve(
     count: int | None,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
+    scale: float | None,
     position_rule: str,
+    index_scale: torch.Tensor | None,
+    min_score: float | None,
+    diversity: float,
 ) -> None:
     """Arguments of ``retrieve_attend``."""
     frames = check_block(q, k, v, pool_layer, staging)
@@ -313,7 +386,9 @@ def check_retrieve(
     check_grid(grid, pool_layer.shape[3], rope)
     check_weights(q_weight, k_weight, q, k)
     check("window_state", window_state, (samples, STATE_ROWS, None), INTEGERS, q)
-    check_index(index, index_ids, index_length, q, samples)
+    check_index(index, index_ids, index_length, index_scale, q, samples)
+    check_choice(min_score, diversity)
+    check_scale(scale)
     check("frame_slot", frame_slot, (samples, None), INTEGERS, q)
     check_scalar("start_frame", start_frame, q)
     check_values("start_frame", start_frame, 0, 2**62)

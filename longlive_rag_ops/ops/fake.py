@@ -39,6 +39,7 @@ def window_attend(
     run: int | None,
     scale: float | None,
     return_lse: bool,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out like ``q``, contiguous; lse ``(B, Hq, S)`` or ``(0,)``."""
     shape = (q.shape[0], q.shape[2], q.shape[1]) if return_lse else (0,)

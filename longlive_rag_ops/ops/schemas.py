@@ -7,7 +7,8 @@ are symbolic, because they take a dozen values in a video and each would be comp
 SCHEMAS = {
     "topk_retrieve": (
         "(Tensor query, Tensor index, Tensor index_ids, Tensor index_length, Tensor end_frame, int k, *, "
-        "int first_frame=0, int recent_exclude=0, Tensor? exclude=None, bool normalized=False, str engine='auto') "
+        "int first_frame=0, int recent_exclude=0, Tensor? exclude=None, bool normalized=False, Tensor? index_scale=None, "
+        "float? min_score=None, float diversity=0.0, str engine='auto') "
         "-> (Tensor, Tensor)"
     ),
     "write_frames": (
@@ -22,14 +23,16 @@ SCHEMAS = {
     ),
     "window_attend": (
         "(Tensor q, Tensor pool_layer, Tensor? slots=None, *, SymInt? run=None, float? scale=None, "
-        "bool return_lse=False, str engine='auto') -> (Tensor, Tensor)"
+        "bool return_lse=False, Tensor? shifts=None, Tensor? rope=None, int[]? rope_split=None, Tensor? k_scale=None, "
+        "Tensor? v_scale=None, str engine='auto') -> (Tensor, Tensor)"
     ),
     "retrieve_attend": (
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) pool_layer, Tensor(b!) staging, Tensor(c!) window_state, "
         "Tensor index, Tensor index_ids, Tensor index_length, Tensor frame_slot, Tensor start_frame, Tensor rope, "
         "int[] rope_split, int[] grid, *, int sink, int top_k, int recent_exclude, bool select, bool place, "
         "SymInt? count=None, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-06, float? scale=None, "
-        "str position_rule='slot', bool index_normalized=False, bool return_lse=False, str engine='auto') "
+        "str position_rule='slot', bool index_normalized=False, bool return_lse=False, Tensor? index_scale=None, "
+        "float? min_score=None, float diversity=0.0, str engine='auto') "
         "-> (Tensor, Tensor)"
     ),
     "merge_attention": "(Tensor outs, Tensor lses, *, str engine='auto') -> (Tensor, Tensor)",
