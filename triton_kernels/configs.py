@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 
@@ -17,6 +18,7 @@ class Config:
         constants: block sizes and switches, by the kernel's parameter name.
         num_warps, num_stages: as Triton's launch options.
         reason: why these numbers.
+        warpgroup: WARPGROUP instructions on sm_90, as `compile_report` recorded them; None where there is no wgmma.
     """
 
     kernel: str
@@ -26,6 +28,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 1
     reason: str = ""
+    warpgroup: int | None = None
 
 
 EVERY = (80, 89, 90, 100, 120)
@@ -53,5 +56,20 @@ def config(kernel: str, architecture: int, shape: str = "any") -> Config:
     wanted = family(architecture)
     for row in CONFIGS:
         if row.kernel == kernel and row.shape == shape and wanted in row.families:
+            for seen in _watchers:
+                seen(row)
             return row
     raise LookupError(f"no configuration of {kernel} for sm_{wanted}, shapes {shape}")
+
+
+_watchers: list[Callable[[Config], None]] = []
+
+
+@contextlib.contextmanager
+def watch(seen: Callable[[Config], None]) -> Iterator[None]:
+    """Within it, ``seen`` is called with each row that a launcher looks up."""
+    _watchers.append(seen)
+    try:
+        yield
+    finally:
+        _watchers.remove(seen)
