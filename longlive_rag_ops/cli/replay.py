@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,13 +19,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "of the outputs relative to their root mean square. Exits 1 when a choice differs or an error exceeds 2e-5.",
     )
     parser.add_argument("traces", nargs="+", metavar="TRACE.safetensors", help="recorded traces")
-    parser.add_argument("--engine", default="auto", help="auto, reference, dense or triton (default: auto)")
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        help="auto, reference, dense or triton (default: auto); on a CPU triton runs in its interpreter, slowly",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Replays each trace; 0 when all agree, 1 otherwise."""
+    if args.engine == "triton" and args.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which is later
+
     import torch
 
     from ..engines import check_engine

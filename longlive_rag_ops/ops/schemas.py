@@ -7,9 +7,8 @@ are symbolic, because they take a dozen values in a video and each would be comp
 SCHEMAS = {
     "topk_retrieve": (
         "(Tensor query, Tensor index, Tensor index_ids, Tensor index_length, Tensor end_frame, int k, *, "
-        "int first_frame=0, int recent_exclude=0, Tensor? exclude=None, bool normalized=False, Tensor? index_scale=None, "
-        "float? min_score=None, float diversity=0.0, str engine='auto') "
-        "-> (Tensor, Tensor)"
+        "int first_frame=0, int recent_exclude=0, Tensor? exclude=None, bool normalized=False, "
+        "Tensor? index_scale=None, float? min_score=None, float diversity=0.0, str engine='auto') -> (Tensor, Tensor)"
     ),
     "write_frames": (
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) pool_layer, Tensor(b!) staging, Tensor slots, Tensor staging_rows, "
