@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import demo, doctor, fit_codec, replay
+from . import compile, demo, doctor, fit_codec, replay
 
-COMMANDS = (demo, replay, doctor, fit_codec)
+COMMANDS = (demo, replay, doctor, compile, fit_codec)
 
 
 def parser() -> argparse.ArgumentParser:

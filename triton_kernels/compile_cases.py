@@ -1,0 +1,237 @@
+"""What `compile_report` compiles: calls of the launchers at the paper's shape and around it, on tensors without data.
+
+The paper's shape is that of Wan 2.1 1.3B at 480 x 832: blocks of 3 latent frames of 30 x 52 tokens, 12 heads of 128
+channels, a window of 12 slots, bfloat16. Every row of `configs.CONFIGS` is met by a case.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..rotary import default_split
+
+GRID = (30, 52)
+TOKENS = GRID[0] * GRID[1]
+BLOCK = 3  # frames
+HEADS, HEAD_DIM = 12, 128
+WINDOW, BANK, STAGING = 12, 64, 15  # slots of the window, pages of history, rows of the staging buffer
+POSITIONS = 1024  # rows of the rotary table
+BF16, FP16, FP32, INT8, FP8, INT64 = (
+    *(torch.bfloat16, torch.float16, torch.float32),
+    *(torch.int8, torch.float8_e4m3fn, torch.int64),
+)
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32", INT8: "int8", FP8: "fp8"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher.
+
+    Attributes:
+        op: module of this package, and the function in it.
+        name: what is special about the call.
+        arguments: makes them, by name.
+    """
+
+    op: str
+    name: str
+    arguments: Callable[[], Mapping[str, Any]]
+
+    def run(self) -> None:
+        """Calls the launcher."""
+        launcher = getattr(importlib.import_module(f".{self.op}", __package__), self.op)
+        launcher(**self.arguments())
+
+
+def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _rope(head_dim: int) -> dict[str, Any]:
+    return {"rope": _meta(POSITIONS, head_dim // 2, 2, dtype=FP32), "rope_split": list(default_split(head_dim))}
+
+
+def _write(
+    dtype: torch.dtype = BF16,
+    head_dim: int = HEAD_DIM,
+    heads: int = HEADS,
+    kv_heads: int = HEADS,
+    norm: bool = True,
+    samples: int = 1,
+) -> Case:
+    def arguments() -> Mapping[str, Any]:
+        keys = (samples, BLOCK * TOKENS, kv_heads, head_dim)
+        widths = {"q_weight": heads * head_dim, "k_weight": kv_heads * head_dim}
+        return {
+            "q": _meta(samples, BLOCK * TOKENS, heads, head_dim, dtype=dtype),
+            "k": _meta(*keys, dtype=dtype),
+            "v": _meta(*keys, dtype=dtype),
+            "pool_layer": _meta(2, samples, WINDOW + BANK, TOKENS, kv_heads, head_dim, dtype=dtype),
+            "staging": _meta(samples, STAGING, TOKENS, kv_heads, head_dim, dtype=dtype),
+            **{name: _meta(BLOCK, dtype=INT64) for name in ("slots", "staging_rows", "positions")},
+            **_rope(head_dim),
+            "grid": list(GRID),
+            **({name: _meta(width, dtype=dtype) for name, width in widths.items()} if norm else {}),
+        }
+
+    return Case("write_frames", _shape(dtype, heads, kv_heads, head_dim, samples, norm and "norm"), arguments)
+
+
+def _place(pages: str = "pool", dtype: torch.dtype = BF16, head_dim: int = HEAD_DIM, samples: int = 1) -> Case:
+    def arguments() -> Mapping[str, Any]:
+        bank = (samples, BANK, TOKENS, HEADS, head_dim)
+        given: dict[str, Any] = {}
+        if pages == "keys":
+            given["k_pages"] = _meta(samples, STAGING, TOKENS, HEADS, head_dim, dtype=dtype)
+        elif pages != "pool":
+            given = {f"{name}_pages": _meta(*bank, dtype=INT8 if pages == "int8" else FP8) for name in "kv"}
+            given |= {f"{name}_scale": _meta(*bank[:-1], dtype=FP16) for name in "kv"}
+        return {
+            "pool_layer": _meta(2, samples, WINDOW + BANK, TOKENS, HEADS, head_dim, dtype=dtype),
+            **{name: _meta(samples, WINDOW, dtype=INT64) for name in ("slots", "source", "positions")},
+            **_rope(head_dim),
+            **given,
+        }
+
+    return Case("place_frames", _shape(dtype, HEADS, HEADS, head_dim, samples, f"from {pages}"), arguments)
+
+
+def _attend(
+    table: str = "slots",
+    dtype: torch.dtype = BF16,
+    head_dim: int = HEAD_DIM,
+    heads: int = HEADS,
+    kv_heads: int = HEADS,
+    *,
+    pages: torch.dtype | None = None,
+    shifts: bool = False,
+    lse: bool = False,
+    samples: int = 1,
+    length: int = BLOCK * TOKENS,
+) -> Case:
+    """``table``: slots or run. ``pages``: type of quantised pages."""
+
+    def arguments() -> Mapping[str, Any]:
+        pool = (2, samples, WINDOW + BANK, TOKENS, kv_heads, head_dim)
+        return {
+            "q": _meta(samples, length, heads, head_dim, dtype=dtype),
+            "pool_layer": _meta(*pool, dtype=pages or dtype),
+            **({"slots": _meta(samples, WINDOW, dtype=INT64)} if table == "slots" else {"run": WINDOW}),
+            "return_lse": lse,
+            **({"shifts": _meta(samples, WINDOW, dtype=INT64), **_rope(head_dim)} if shifts else {}),
+            **({f"{name}_scale": _meta(*pool[1:-1], dtype=FP16) for name in "kv"} if pages else {}),
+        }
+
+    special = (
+        table,
+        f"{SHORT[pages]} pages" if pages else "",
+        "shifts" if shifts else "",
+        "lse" if lse else "",
+        f"{length} queries" if length != BLOCK * TOKENS else "",
+    )
+    return Case("window_attend", _shape(dtype, heads, kv_heads, head_dim, samples, *special), arguments)
+
+
+def _merge(dtype: torch.dtype = BF16, head_dim: int = HEAD_DIM, parts: int = 2) -> Case:
+    def arguments() -> Mapping[str, Any]:
+        return {
+            "outs": _meta(parts, 1, BLOCK * TOKENS, HEADS, head_dim, dtype=dtype),
+            "lses": _meta(parts, 1, HEADS, BLOCK * TOKENS, dtype=FP32),
+        }
+
+    return Case("merge_attention", _shape(dtype, HEADS, HEADS, head_dim, 1, f"{parts} parts"), arguments)
+
+
+def _retrieve(
+    k: int = 6,
+    embedding: int = 1024,
+    dtype: torch.dtype = BF16,
+    *,
+    rows: int = 4096,
+    normalized: bool = True,
+    min_score: float | None = None,
+    diversity: float = 0.0,
+    exclude: int = 0,
+    samples: int = 1,
+) -> Case:
+    """``dtype``: that of the index; the query of an int8 index is bfloat16."""
+
+    def arguments() -> Mapping[str, Any]:
+        return {
+            "query": _meta(samples, embedding, dtype=BF16 if dtype == INT8 else dtype),
+            "index": _meta(samples, rows, embedding, dtype=dtype),
+            "index_ids": _meta(samples, rows, dtype=INT64),
+            "index_length": _meta(1, dtype=INT64),
+            "end_frame": _meta(1, dtype=INT64),
+            "k": k,
+            "first_frame": 1,
+            "recent_exclude": 5,
+            "exclude": _meta(samples, exclude, dtype=INT64) if exclude else None,
+            "normalized": normalized,
+            **({"index_scale": _meta(samples, rows, dtype=FP32)} if dtype == INT8 else {}),
+            **({"min_score": min_score} if min_score is not None else {}),
+            **({"diversity": diversity} if diversity else {}),
+        }
+
+    words = (
+        f"k {k}",
+        f"E {embedding}",
+        SHORT[dtype],
+        "unit rows" if normalized else "raw rows",
+        f"{rows} rows" if rows != 4096 else "",
+        "min_score" if min_score is not None else "",
+        "diversity" if diversity else "",
+        "exclude" if exclude else "",
+        f"{samples} samples" if samples > 1 else "",
+    )
+    return Case("topk_retrieve", ", ".join(word for word in words if word), arguments)
+
+
+def _shape(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, samples: int, *special: str | bool) -> str:
+    words = [word for word in special if isinstance(word, str) and word]
+    words += [SHORT[dtype], f"D {head_dim}"]
+    words += [f"heads {heads}/{kv_heads}"] if (heads, kv_heads) != (HEADS, HEADS) else []
+    return ", ".join([*words, *([f"{samples} samples"] if samples > 1 else [])])
+
+
+CASES: tuple[Case, ...] = (
+    _retrieve(),
+    _retrieve(k=64),
+    _retrieve(embedding=768, normalized=False),
+    _retrieve(min_score=0.2, exclude=3),
+    _retrieve(diversity=0.3),
+    _retrieve(dtype=INT8),
+    _retrieve(dtype=FP32, normalized=False, samples=2),
+    _write(),
+    _write(norm=False),
+    _write(head_dim=64),
+    _write(head_dim=96),
+    _write(dtype=FP32),
+    _write(heads=12, kv_heads=3),
+    _place(),
+    _place("keys"),
+    _place("int8"),
+    _place("fp8"),
+    _place("int8", head_dim=96),
+    _place(dtype=FP32),
+    _attend(),
+    _attend("run"),
+    _attend(lse=True),
+    _attend("run", head_dim=64),
+    _attend(head_dim=64),
+    _attend(head_dim=96),
+    _attend(dtype=FP16),
+    _attend(dtype=FP32),
+    _attend(heads=12, kv_heads=3),
+    _attend(shifts=True),
+    _attend(pages=INT8),
+    _attend(samples=2),
+    _merge(),
+    _merge(dtype=FP32),
+    _merge(parts=4),
+)
