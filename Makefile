@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 DEMO_OUT ?= demo_out
 BENCH_OUT ?= bench_out
 # The same list as in pyproject.toml, [build-system]. The extension is built without isolation: an isolated build makes
@@ -27,8 +28,8 @@ else
 RUN := $(VENV)/bin/python
 BIN := $(abspath $(VENV))/bin
 # A stamp for each version of torch: another TORCH=... is installed when it is asked for.
-TOOLS := $(VENV)/.tools-$(call key,$(TORCH))
-INSTALLED := $(VENV)/.installed-$(call key,$(TORCH))
+TOOLS := $(VENV)/.tools-$(call key,$(TORCH) $(TRITON))
+INSTALLED := $(VENV)/.installed-$(call key,$(TORCH) $(TRITON))
 endif
 # cmake and ninja of the environment come first, then those of the system.
 export PATH := $(BIN):$(PATH)
@@ -48,6 +49,7 @@ help:
 	@echo 'PYTHON=python3.12    the Python to use (>= 3.10)'
 	@echo 'VENV=none            use PYTHON as it is: nothing is downloaded, only this package is installed into it'
 	@echo "TORCH='torch==2.13.0'   what pip installs as torch; to this an --index-url may be added, for a smaller CPU build"
+	@echo "TRITON='triton==3.7.1'  what pip installs where torch brings no Triton: tests run its kernels in the interpreter"
 	@echo 'LONGLIVE_BUILD_CUDA=auto|1|0   compile CUDA sources when nvcc is found | or fail | never'
 
 setup: $(INSTALLED)
@@ -70,6 +72,8 @@ $(VENV)/.created:
 $(TOOLS): $(VENV)/.created
 	@echo 'setup: installing $(TORCH) and the build tools into $(VENV) (the first time this takes minutes)'
 	@$(INSTALL) $(TORCH)
+	@# A CUDA build of torch has brought the Triton it was made with; a CPU build has none.
+	@$(RUN) -c 'import triton' 2>/dev/null || $(INSTALL) '$(TRITON)'
 	@$(INSTALL) $(BUILD_TOOLS)
 	@rm -f $(VENV)/.tools-* $(VENV)/.installed-* && touch $@
 

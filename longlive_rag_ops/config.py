@@ -6,6 +6,7 @@ share one statement of the rules. Frames are global latent-frame numbers, counte
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 POSITION_RULES = ("slot", "absolute")
@@ -33,9 +34,12 @@ class WindowConfig:
         frames_per_block: most frames generated together, ``n``; a block may have fewer.
         position_rule: temporal rotary positions. ``"slot"``: the window is re-numbered ``0 .. W-1`` and memory sits
             at 0, as LongLive-RAG was published; ``"absolute"``: every frame keeps its global number.
+        min_score: frames whose cosine with the query is smaller are not retrieved; None retrieves always ``K``.
+        diversity: ``0 <= d < 1``; above 0, frames that resemble those already chosen are passed over (maximal marginal
+            relevance, see ``topk_retrieve``).
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or a score not a number.
         ValueError: a size is out of range, or ``window - sink - top_k < frames_per_block``: the local part must hold
             the block being generated.
     """
@@ -46,6 +50,8 @@ class WindowConfig:
     recent_exclude: int = 5
     frames_per_block: int = 3
     position_rule: str = "slot"
+    min_score: float | None = None
+    diversity: float = 0.0
 
     def __post_init__(self) -> None:
         check_int("window", self.window, 1)
@@ -54,6 +60,7 @@ class WindowConfig:
         check_int("recent_exclude", self.recent_exclude, 0)
         check_int("frames_per_block", self.frames_per_block, 1)
         check_position_rule(self.position_rule)
+        check_choice(self.min_score, self.diversity)
         if self.local < self.frames_per_block:
             raise ValueError(
                 f"window - sink - top_k must be at least frames_per_block ({self.frames_per_block}), so that the local "
@@ -69,6 +76,17 @@ class WindowConfig:
     def staging_rows(self) -> int:
         """Rows of the staging buffer of canonical keys: the local part and one block more."""
         return self.local + self.frames_per_block
+
+
+def check_choice(min_score: float | None, diversity: float) -> None:
+    """Checks the options of the choice."""
+    for name, value in (("min_score", min_score), ("diversity", diversity)):
+        if (value is not None or name == "diversity") and not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__} ({value!r})")
+    if min_score is not None and not math.isfinite(min_score):
+        raise ValueError(f"min_score must be finite or None, got {min_score}")
+    if not 0 <= diversity < 1:
+        raise ValueError(f"diversity must be at least 0 and less than 1, got {diversity}")
 
 
 def check_position_rule(rule: str) -> str:

@@ -100,6 +100,8 @@ class FrameHistory:
             first_frame=config.sink,
             recent_exclude=config.recent_exclude,
             normalized=True,
+            min_score=config.min_score,
+            diversity=config.diversity,
             engine=self.engine,
         )
         chosen = {frame for row in self.chosen.tolist() for frame in row if frame >= 0}

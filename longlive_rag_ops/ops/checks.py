@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..assignment import STATE_ROWS
-from ..config import check_position_rule
+from ..config import check_choice, check_position_rule
 from ..rotary import check_split
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -84,14 +84,6 @@ def check_scale(scale: float | None) -> None:
     """Checks the factor of the logits."""
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-
-
-def check_choice(min_score: float | None, diversity: float) -> None:
-    """Checks the options of the choice."""
-    if min_score is not None and not math.isfinite(min_score):
-        raise ValueError(f"min_score must be finite or None, got {min_score}")
-    if not 0 <= diversity < 1:
-        raise ValueError(f"diversity must be at least 0 and less than 1, got {diversity}")
 
 
 def check_rotary(rope: torch.Tensor, rope_split: Sequence[int], head_dim: int, like: torch.Tensor) -> None:
