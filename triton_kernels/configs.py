@@ -33,7 +33,42 @@ class Config:
 
 EVERY = (80, 89, 90, 100, 120)
 
-CONFIGS: tuple[Config, ...] = ()
+CONFIGS: tuple[Config, ...] = (
+    Config(
+        "write_frames",
+        EVERY,
+        "any",
+        {"TILES": 16},
+        num_warps=4,
+        reason="12 heads of 128 in bfloat16 are 9 tiles of 2 tokens and 4 heads, no row empty: 15 LDG.128 (6 of them "
+        "norm weights), 12 STG.128, 96 to 102 registers, no spill, so that four or five blocks with 18 KiB of loads "
+        "each fit an SM. Partners of a pair come by tl.split, which moves nothing: in place_frames, loading them again "
+        "at offset ^ 1 adds 32 two-byte loads and half as many instructions. With at most 16 tiles of 16 bytes a "
+        "thread, wider models stay within 128 registers.",
+    ),
+    Config(
+        "place_frames",
+        EVERY,
+        "any",
+        {"BYTES": 8192},
+        num_warps=4,
+        reason="32 rows of 128 channels: four 16-byte loads and stores of a thread for keys and as many for values, "
+        "all loads before the first store; 64 to 66 registers, no spill, so that seven or eight blocks with 16 KiB of "
+        "loads each fit an SM.",
+    ),
+    Config("assign_window", EVERY, "short", {}, num_warps=1, reason="one warp needs no barriers: 162 registers, no spill"),
+    Config(
+        *("assign_window", EVERY, "long", {}),
+        num_warps=8,
+        reason="256 slots, 64 of them memory: 254 registers, no spill; with 4 warps 250 and more bytes spill",
+    ),
+    Config("score_rows", EVERY, "8 bits", {"ELEMENTS": 8192, "ROWS": 64, "BX": 32}, num_warps=4),
+    Config("score_rows", EVERY, "16 bits", {"ELEMENTS": 8192, "ROWS": 64, "BX": 32}, num_warps=4),
+    Config("score_rows", EVERY, "32 bits", {"ELEMENTS": 8192, "ROWS": 64, "BX": 32}, num_warps=4),
+    Config("select_keys", EVERY, "level", {"BC": 1024}, num_warps=4),
+    Config("select_keys", EVERY, "last", {"BC": 4096}, num_warps=8),
+    Config("pick_best", EVERY, "any", {"BC": 1024}, num_warps=4),
+)
 
 
 def family(architecture: int) -> int:
