@@ -1,7 +1,7 @@
 """The dense engine: rotation by complex products, search by a matrix product, dense attention over the window run.
 
-Same functions and arguments as `reference`, which they are tested against. On a CPU the attention is PyTorch's
-flash kernel, which reads the contiguous run of window slots in place.
+Same functions and arguments as `reference`, which they are tested against. The attention is in `dense_attention`:
+the best dense kernel that is installed, over the contiguous run of window slots in place.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import chain, reference
+from .dense_attention import window_attend
 from .reference import lse_dtype, merge_attention, row_scores, unit_rows
 
 __all__ = ["merge_attention", "place_frames", "retrieve_attend", "topk_retrieve", "window_attend", "write_frames"]
@@ -227,67 +228,6 @@ def place_frames(
 
 def _dequantise(page: torch.Tensor, scale: torch.Tensor | None, compute: torch.dtype) -> torch.Tensor:
     return page if scale is None else page.to(compute) * scale.to(compute)[..., None]
-
-
-def window_attend(
-    q: torch.Tensor,
-    pool_layer: torch.Tensor,
-    slots: torch.Tensor | None = None,
-    run: int | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    shifts: torch.Tensor | None = None,
-    rope: torch.Tensor | None = None,
-    rope_split: Sequence[int] | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One dense call for all samples that attend to the same contiguous run, else one call a sample."""
-    if shifts is not None or k_scale is not None:
-        return reference.window_attend(
-            q, pool_layer, slots, run, scale, return_lse, shifts, rope, rope_split, k_scale, v_scale
-        )
-    tables = [list(range(run or 0))] if slots is None else [[s for s in row if s >= 0] for row in slots.tolist()]
-    if not tables:
-        return reference.window_attend(q, pool_layer, slots, run, scale, return_lse)  # no samples
-    if all(table == tables[0] for table in tables):
-        out, lse = _attend_slots(q, pool_layer, tables[0], scale, return_lse)
-    else:
-        parts = [
-            _attend_slots(q[b : b + 1], pool_layer[:, b : b + 1], table, scale, return_lse)
-            for b, table in enumerate(tables)
-        ]
-        out, lse = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    return out, lse if return_lse else q.new_empty(0, dtype=lse_dtype(q.dtype))
-
-
-def _attend_slots(
-    q: torch.Tensor, pool_layer: torch.Tensor, table: list[int], scale: float | None, return_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of all given samples to the same slots; ``q (B, S, Hq, D)``."""
-    samples, length, heads, _ = q.shape
-    lse_shape = (samples, heads, length)
-    if not table or length == 0 or samples == 0:
-        empty = torch.full(lse_shape, -math.inf, dtype=lse_dtype(q.dtype), device=q.device)
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), empty
-    if table == list(range(table[0], table[0] + len(table))):
-        pages = pool_layer[:, :, table[0] : table[0] + len(table)]  # the contiguous run, in place
-    else:
-        pages = pool_layer.index_select(2, torch.tensor(table, device=q.device))
-    keys, values = pages.flatten(2, 3).transpose(2, 3)  # (B, Hkv, tokens, D) each
-    kv_heads = keys.shape[1]
-    # The queries of a group of heads attend to the same keys: they join along the sequence, keys are not repeated.
-    queries = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, Hkv, G * S, D)
-    if return_lse:
-        # This kernel reads the innermost axis as if it were contiguous, without looking.
-        operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys, values)]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)
-        lse = lse.reshape(lse_shape).to(lse_dtype(q.dtype))
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scale)
-        lse = out.new_empty(0, dtype=lse_dtype(q.dtype))
-    out = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(q.shape)
-    return out.contiguous(), lse
 
 
 def retrieve_attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
