@@ -89,7 +89,7 @@ def place_frames_kernel(
     if K_KIND == 0:
         b_turned = b_turned.to(b_k.dtype)  # selected after rounding: the channels that stay are never converted
     p_pool += i_b * s_pool[1] + i_slot * s_pool[2]
-    b_k = tl.where((o_c < TIME) & (i_time != 0), b_turned, b_k)
+    b_k = tl.where(o_c < tl.where(i_time == 0, 0, TIME), b_turned, b_k)
     store_page(p_pool, s_pool, b_k, o_r, o_c, m_r, m_c, H)
     if HAS_V:
         store_page(p_pool + tl.cast(s_pool[0], tl.int64), s_pool, b_v, o_r, o_c, m_r, m_c, H)

@@ -108,7 +108,7 @@ def write_frames_kernel(
         p_rope, s_rope, i_time, o_t2 // width, o_t2 % width, o_c2, (o_t2 < tokens) & (o_c2 < D), TIME, HEIGHT
     )[:, None, :]  # [BT, 1, BD]
     m_time = o_c < TIME
-    m_still = m_time & (i_time == 0)  # position 0 turns nothing, to the last bit
+    m_still = o_c < tl.where(i_time == 0, TIME, 0)  # position 0 turns nothing, to the last bit
 
     b_inverse = inverse_rms(b_q, eps, HQ * D) if NORM else 1.0
     p_out += i_b * s_out[0] + i_first * s_out[1]
@@ -120,7 +120,8 @@ def write_frames_kernel(
     b_inverse = inverse_rms(b_k, eps, HK * D) if NORM else 1.0
     p_pool += i_b * s_pool[1] + i_slot * s_pool[2]
     p_staging += i_b * s_staging[0] + i_row * s_staging[1]
-    m_slot, m_row = m_t & (i_slot >= 0), m_t & (i_row >= 0)
+    m_slot = o_t < tl.where(i_slot >= 0, tokens, 0)
+    m_row = o_t < tl.where(i_row >= 0, tokens, 0)
     for i in tl.static_range(len(b_k)):
         b_x = weigh(b_k[i], b_inverse, p_k_weight, s_weights[1], i, o_c, HK, D, NORM)
         b_turned = rotate(b_x, b_turn)
