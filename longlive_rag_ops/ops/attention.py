@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks
+from . import arguments
 from .registration import Pair, implementation, register
 
 
@@ -79,7 +79,7 @@ def retrieve_attend(
         RuntimeError: an input requires grad in grad mode, or the engine is not available,
             or ``window_state`` lacks frames it must hold.
     """
-    checks.check_retrieve(
+    arguments.check_retrieve(
         q,
         k,
         v,
@@ -181,7 +181,7 @@ def window_attend(
             Values of index tables are checked on a CPU only.
         RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
-    checks.check_attend(q, pool_layer, slots, run, scale, shifts, rope, rope_split, k_scale, v_scale)
+    arguments.check_attend(q, pool_layer, slots, run, scale, shifts, rope, rope_split, k_scale, v_scale)
     return implementation(engine, q).window_attend(
         q, pool_layer, slots, run, scale, return_lse, shifts, rope, rope_split, k_scale, v_scale
     )
@@ -204,5 +204,5 @@ def merge_attention(outs: torch.Tensor, lses: torch.Tensor, *, engine: str = "au
             Values of index tables are checked on a CPU only.
         RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
-    checks.check_merge(outs, lses)
+    arguments.check_merge(outs, lses)
     return implementation(engine, outs).merge_attention(outs, lses)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks
+from . import arguments
 from .registration import implementation, register
 
 
@@ -58,7 +58,7 @@ def write_frames(
             Values of index tables are checked on a CPU only.
         RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
-    checks.check_write(
+    arguments.check_write(
         q, k, v, pool_layer, staging, slots, staging_rows, positions, rope, rope_split, grid, q_weight, k_weight
     )
     return implementation(engine, q).write_frames(
@@ -112,7 +112,7 @@ def place_frames(
             Values of index tables are checked on a CPU only.
         RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
-    checks.check_place(pool_layer, slots, source, positions, rope, rope_split, k_pages, v_pages, k_scale, v_scale)
+    arguments.check_place(pool_layer, slots, source, positions, rope, rope_split, k_pages, v_pages, k_scale, v_scale)
     implementation(engine, pool_layer).place_frames(
         pool_layer, slots, source, positions, rope, rope_split, k_pages, v_pages, k_scale, v_scale
     )

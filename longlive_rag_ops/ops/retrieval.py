@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks
+from . import arguments
 from .registration import Pair, implementation, register
 
 
@@ -60,7 +60,7 @@ def topk_retrieve(
             Values of index tables are checked on a CPU only.
         RuntimeError: an input requires grad in grad mode, or the engine is not available.
     """
-    checks.check_topk(
+    arguments.check_topk(
         query,
         index,
         index_ids,
