@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..assignment import STATE_ROWS
 from ..rotary import default_split
 
 GRID = (30, 52)
@@ -33,18 +34,21 @@ class Case:
     """One call of a launcher.
 
     Attributes:
-        op: module of this package, and the function in it.
+        op: module of this package, and the function in it after a dot when that is named otherwise.
         name: what is special about the call.
         arguments: makes them, by name.
+        variant: whether other cases meet the rows of `configs.CONFIGS` that this one meets.
     """
 
     op: str
     name: str
     arguments: Callable[[], Mapping[str, Any]]
+    variant: bool = False
 
     def run(self) -> None:
         """Calls the launcher."""
-        launcher = getattr(importlib.import_module(f".{self.op}", __package__), self.op)
+        module, _, function = self.op.rpartition(".")
+        launcher = getattr(importlib.import_module(f".{module or function}", __package__), function)
         launcher(**self.arguments())
 
 
@@ -102,39 +106,52 @@ def _place(pages: str = "pool", dtype: torch.dtype = BF16, head_dim: int = HEAD_
 
 
 def _attend(
-    table: str = "slots",
+    table: str = "pages",
     dtype: torch.dtype = BF16,
     head_dim: int = HEAD_DIM,
     heads: int = HEADS,
     kv_heads: int = HEADS,
     *,
-    pages: torch.dtype | None = None,
-    shifts: bool = False,
     lse: bool = False,
     samples: int = 1,
     length: int = BLOCK * TOKENS,
+    odd: bool = False,
 ) -> Case:
-    """``table``: slots or run. ``pages``: type of quantised pages."""
+    """``table``: run; pages (a table of slots); turned (with shifts); int8 (pages that are quantised).
+
+    ``odd``: strides that the tensor memory accelerator cannot take.
+    """
 
     def arguments() -> Mapping[str, Any]:
         pool = (2, samples, WINDOW + BANK, TOKENS, kv_heads, head_dim)
-        return {
-            "q": _meta(samples, length, heads, head_dim, dtype=dtype),
-            "pool_layer": _meta(*pool, dtype=pages or dtype),
-            **({"slots": _meta(samples, WINDOW, dtype=INT64)} if table == "slots" else {"run": WINDOW}),
-            "return_lse": lse,
-            **({"shifts": _meta(samples, WINDOW, dtype=INT64), **_rope(head_dim)} if shifts else {}),
-            **({f"{name}_scale": _meta(*pool[1:-1], dtype=FP16) for name in "kv"} if pages else {}),
-        }
+        layer = _meta(*pool[:-1], head_dim + 4 * odd, dtype=INT8 if table == "int8" else dtype)[..., :head_dim]
+        given: dict[str, Any] = {"run": WINDOW} if table == "run" else {"slots": _meta(samples, WINDOW, dtype=INT64)}
+        if table == "turned":
+            given |= {"shifts": _meta(samples, WINDOW, dtype=INT64), **_rope(head_dim)}
+        if table == "int8":
+            given |= {f"{name}_scale": _meta(*pool[1:-1], dtype=FP16) for name in "kv"}
+        q = _meta(samples, length, heads, head_dim, dtype=dtype)
+        return {"q": q, "pool_layer": layer, "return_lse": lse, **given}
 
     special = (
         table,
-        f"{SHORT[pages]} pages" if pages else "",
-        "shifts" if shifts else "",
         "lse" if lse else "",
         f"{length} queries" if length != BLOCK * TOKENS else "",
+        "odd strides" if odd else "",
     )
     return Case("window_attend", _shape(dtype, heads, kv_heads, head_dim, samples, *special), arguments)
+
+
+def _attend_counted() -> Case:
+    def arguments() -> Mapping[str, Any]:
+        return {
+            "q": _meta(1, BLOCK * TOKENS, HEADS, HEAD_DIM),
+            "pool_layer": _meta(2, 1, WINDOW + BANK, TOKENS, HEADS, HEAD_DIM),
+            "counts": _meta(1, dtype=INT64),
+            "most": WINDOW,
+        }
+
+    return Case("window_attend.attend_run", _shape(BF16, HEADS, HEADS, HEAD_DIM, 1, "run counted"), arguments)
 
 
 def _merge(dtype: torch.dtype = BF16, head_dim: int = HEAD_DIM, parts: int = 2) -> Case:
@@ -199,39 +216,74 @@ def _shape(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, samples
     return ", ".join([*words, *([f"{samples} samples"] if samples > 1 else [])])
 
 
-CASES: tuple[Case, ...] = (
+def _assign(window: int, top_k: int, *, select: bool = True, rule: str = "slot") -> Case:
+    def arguments() -> Mapping[str, Any]:
+        return {
+            "window_state": _meta(1, STATE_ROWS, window, dtype=INT64),
+            "chosen": _meta(1, top_k, dtype=INT64) if select else None,
+            "frame_slot": _meta(1, BANK, dtype=INT64),
+            "start_frame": _meta(1, dtype=INT64),
+            "frames": BLOCK,
+            "sink": 1,
+            "top_k": top_k,
+            "staging_rows": STAGING,
+            "pool_slots": window + BANK,
+            "positions": POSITIONS,
+            "position_rule": rule,
+        }
+
+    words = [f"window {window}, {top_k} of it memory", "" if select else "no choice", rule if rule != "slot" else ""]
+    return Case("assign_window", ", ".join(word for word in words if word), arguments)
+
+
+ROWS = (  # each meets a row of the table that no other case meets
     _retrieve(),
+    _retrieve(dtype=INT8),
+    _retrieve(dtype=FP32),
+    _retrieve(k=64, rows=20000),
+    _retrieve(diversity=0.3),
+    _assign(WINDOW, 6),
+    _assign(240, 64),
+    _write(),
+    _place(),
+    *(
+        _attend(table, dtype, head_dim)
+        for table in ("run", "pages", "turned", "int8")
+        for dtype in (BF16, FP32)
+        for head_dim in (64, HEAD_DIM, 256)
+    ),
+    _merge(),
+)
+VARIANTS = (
     _retrieve(k=64),
     _retrieve(embedding=768, normalized=False),
     _retrieve(min_score=0.2, exclude=3),
-    _retrieve(diversity=0.3),
-    _retrieve(dtype=INT8),
-    _retrieve(dtype=FP32, normalized=False, samples=2),
-    _write(),
+    _retrieve(dtype=INT8, normalized=False, embedding=768),
+    _retrieve(dtype=INT8, diversity=0.3),
+    _retrieve(dtype=FP16, samples=2),
+    _assign(WINDOW, 6, select=False),
+    _assign(WINDOW, 6, rule="absolute"),
     _write(norm=False),
     _write(head_dim=64),
     _write(head_dim=96),
     _write(dtype=FP32),
-    _write(heads=12, kv_heads=3),
-    _place(),
+    _write(kv_heads=3),
     _place("keys"),
     _place("int8"),
     _place("fp8"),
     _place("int8", head_dim=96),
     _place(dtype=FP32),
-    _attend(),
-    _attend("run"),
+    _attend_counted(),
     _attend(lse=True),
-    _attend("run", head_dim=64),
-    _attend(head_dim=64),
-    _attend(head_dim=96),
+    _attend("run", samples=2, length=TOKENS),
     _attend(dtype=FP16),
-    _attend(dtype=FP32),
-    _attend(heads=12, kv_heads=3),
-    _attend(shifts=True),
-    _attend(pages=INT8),
-    _attend(samples=2),
-    _merge(),
+    _attend(head_dim=96),
+    _attend("int8", head_dim=96),
+    _attend(kv_heads=3),
+    _attend("run", odd=True),
+    _attend(odd=True),
+    _attend("int8", FP16),
     _merge(dtype=FP32),
-    _merge(parts=4),
+    _merge(head_dim=96),
 )
+CASES: tuple[Case, ...] = (*ROWS, *(replace(case, variant=True) for case in VARIANTS))

@@ -7,12 +7,14 @@ be launched: the same block sizes, switches and types.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ class Compiled:
 
     architecture: int
     kernel: str
-    cases: list[str]
+    cases: list[str] = field(default_factory=list)
     row: str | None = None
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 0
@@ -98,10 +100,12 @@ def compile_all(
         cases: what to compile; all cases when not given.
         progress: wraps what is iterated over.
     """
-    found: dict[tuple[Any, ...], Compiled] = {}
+    found: dict[tuple[Any, ...], Future[Compiled]] = {}
+    met: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)  # cases, by the same keys
     taken: Counter[str] = Counter()
     pairs = [(number, case) for number in wanted for case in (CASES if cases is None else cases)]
-    with tempfile.TemporaryDirectory() as scratch:
+    # The tools that look into a kernel are processes of their own, and run while the next kernel is compiled.
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = dump or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for number, case in progress(pairs):
@@ -109,10 +113,8 @@ def compile_all(
             try:
                 launches = _launches(device, case)
             except Exception as error:  # Triton's compiler fails with many types; the report is about which case did
-                problem = f"does not compile: {type(error).__name__}: {_first_line(error)}"
-                found[number, case.op, case.name] = Compiled(
-                    number, case.op, [case.name], shared_limit=device.shared_memory, problems=[problem]
-                )
+                found[number, case.op, case.name] = pool.submit(_failure, device, case, error)
+                met[number, case.op, case.name] = [case.name]
                 continue
             for name, kernel, row in launches:
                 key = (number, name, kernel.hash, row)
@@ -120,10 +122,10 @@ def compile_all(
                     stem = re.sub(r"[^\w+-]+", "_", f"{name}-{case.name}-sm_{number}")
                     taken[stem] += 1  # a case may launch a kernel twice, compiled in two ways
                     stem += f"-{taken[stem]}" if taken[stem] > 1 else ""
-                    found[key] = _report(device, name, kernel, row, _write(kernel, folder / stem))
-                if case.name not in found[key].cases:
-                    found[key].cases.append(case.name)
-    return list(found.values())
+                    found[key] = pool.submit(_report, device, name, kernel, row, folder / stem)
+                if case.name not in met[key]:
+                    met[key].append(case.name)
+        return [replace(report.result(), cases=met[key]) for key, report in found.items()]
 
 
 def _launches(device: Device, case: Case) -> list[tuple[str, Any, Config | None]]:
@@ -159,14 +161,19 @@ def _write(kernel: Any, stem: Path) -> Path:
     return cubin
 
 
-def _report(device: Device, name: str, kernel: Any, row: Config | None, cubin: Path) -> Compiled:
+def _failure(device: Device, case: Case, error: Exception) -> Compiled:
+    problems = [f"does not compile: {_said(error)}"]
+    return Compiled(device.architecture, case.op, shared_limit=device.shared_memory, problems=problems)
+
+
+def _report(device: Device, name: str, kernel: Any, row: Config | None, stem: Path) -> Compiled:
+    cubin = _write(kernel, stem)
     used = sass.resources(cubin, cubin.with_suffix(".ptx"))
     listing = cubin.with_suffix(".sass")
     counted = sass.count_instructions(listing.read_text()) if listing.exists() else None
     report = Compiled(
         architecture=device.architecture,
         kernel=name,
-        cases=[],
         row=None if row is None else f"{row.kernel}/{row.shape}",
         constants=_constants(kernel),
         num_warps=kernel.metadata.num_warps,
@@ -196,9 +203,7 @@ def problems(report: Compiled, expected_warpgroup: int | None) -> list[str]:
     if report.spilled:
         wrong.append(f"spills {report.spilled} bytes a thread")
     if report.shared > report.shared_limit:
-        wrong.append(
-            f"takes {report.shared} bytes of shared memory, sm_{report.architecture} has {report.shared_limit}"
-        )
+        wrong.append(f"takes {report.shared} bytes of shared memory, a block may take {report.shared_limit}")
     if report.tensor_memory > TENSOR_MEMORY:
         wrong.append(f"takes {report.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY}")
     if (
@@ -211,5 +216,9 @@ def problems(report: Compiled, expected_warpgroup: int | None) -> list[str]:
     return wrong
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")
+def _said(error: BaseException) -> str:
+    """What an error says, in a line: Triton's begin with the place and end with the reason, source between them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' ... '.join(dict.fromkeys([*lines[:1], *lines[-1:]]))}"

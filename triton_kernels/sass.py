@@ -93,7 +93,7 @@ def resources(cubin: Path, ptx: Path) -> Resources:
 def disassemble(cubin: Path) -> str | None:
     """The kernel's instructions, or None without a disassembler."""
     nvdisasm = tool("nvdisasm")
-    return None if nvdisasm is None else _output(nvdisasm, "-c", str(cubin))
+    return None if nvdisasm is None else _output(nvdisasm, "--print-code", "--no-dataflow", str(cubin))
 
 
 def tool(name: str) -> str | None:

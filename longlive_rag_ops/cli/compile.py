@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..triton_kernels.compile_report import Compiled
 
-HEADER = ("kernel", "case", "blocks", "warps", "stages", "registers", "spilled", "shared", "matrix", "copies", "wgmma")
+HEADER = (
+    *("kernel", "case", "blocks", "warps", "stages", "registers", "spilled", "shared"),
+    *("matrix", "copies", "WARPGROUP"),
+)
 LEFT = ("kernel", "case", "blocks", "matrix", "copies")  # the other columns are numbers
 
 
@@ -24,8 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compile the Triton kernels for GPUs that need not be there, and show what they take",
         description="Compiles every Triton kernel in its shipped configuration, without a GPU, and prints registers "
         "and spilled bytes a thread, shared memory a block of the device's limit, and counts of matrix instructions, "
-        "asynchronous copies and (sm_90) WARPGROUP instructions. Exits 1 when a kernel spills, does not fit, does not "
-        "compile, or waits for each wgmma on its own.",
+        "asynchronous copies and (sm_90) WARPGROUP instructions; a kernel that several cases share is shown once. "
+        "Exits 1 when a kernel spills, does not fit, does not compile, or waits for each wgmma on its own.",
     )
     parser.add_argument(
         "--arch",
@@ -34,6 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="architectures: 80, 89, 90, 100, 120 (default: %(default)s)",
     )
     parser.add_argument("--kernel", metavar="WORD", help="only cases whose op or name contains WORD")
+    parser.add_argument("--quick", action="store_true", help="one case for each row of the table of configurations")
     parser.add_argument(
         "--dump", type=Path, metavar="DIR", help="write ttgir, ptx, cubin and sass of each kernel there"
     )
@@ -54,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     from ..triton_kernels.compile_report import architectures, compile_all
 
     wanted = architectures(args.arch)
-    cases = [case for case in compile_cases.CASES if args.kernel is None or args.kernel in f"{case.op} {case.name}"]
+    cases = [
+        case
+        for case in compile_cases.CASES
+        if not (args.quick and case.variant) and (args.kernel is None or args.kernel in f"{case.op} {case.name}")
+    ]
     if not cases:
         names = dict.fromkeys(case.op for case in compile_cases.CASES)
         raise ValueError(f"--kernel must occur in a case, such as {', '.join(names)}; got {args.kernel!r}")
@@ -103,9 +111,11 @@ def format_text(version: str, wanted: Sequence[int], reports: Sequence[Compiled]
 
 
 def _cells(report: Compiled) -> list[str]:
+    if not report.num_warps:  # it does not compile
+        return [report.kernel, report.cases[0], *["-"] * (len(HEADER) - 2)]
     return [
         report.kernel,
-        "; ".join(report.cases),
+        report.cases[0] + (f" (+{len(report.cases) - 1})" if len(report.cases) > 1 else ""),
         " ".join(f"{name}={value}" for name, value in report.constants.items() if name.startswith("B")) or "-",
         str(report.num_warps),
         str(report.num_stages),
