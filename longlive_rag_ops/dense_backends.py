@@ -66,9 +66,14 @@ class BackEnd:
 
 def facts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Facts:
     """Facts of one call; costs no device synchronisation."""
-    reach = max(stride for x in (queries, keys, values) for stride in x.stride())
-    architecture = architecture_of(queries.device)
-    return Facts(queries.device.type, architecture, queries.dtype, queries.shape[3], keys.shape[2], reach)
+    architecture, far = architecture_of(queries.device), reach(queries, keys, values)
+    return Facts(queries.device.type, architecture, queries.dtype, queries.shape[3], keys.shape[2], far)
+
+
+def reach(*tensors: torch.Tensor) -> int:
+    """Largest stride that is used, in elements."""
+    used = [s for x in tensors for size, s in zip(x.shape, x.stride(), strict=True) if size > 1]
+    return max(used, default=0)
 
 
 def architecture_of(device: torch.device) -> int:

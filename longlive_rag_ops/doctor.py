@@ -6,6 +6,7 @@ found is reported with its reason.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import platform
@@ -24,8 +25,9 @@ def collect() -> dict[str, Any]:
     """Everything known, as plain data that ``json.dumps`` takes.
 
     Keys: ``package`` (version, folder), ``python``, ``libraries`` (name -> version or None), ``engines`` (rows of
-    ``engines.report()``), ``extension`` (``build_info()``), ``cuda_code`` (what the compiled CUDA code finds, or None),
-    ``driver`` and ``gpu``.
+    ``engines.report()``), ``auto`` (device -> what ``auto`` means there), ``dense_attention`` (rows of
+    ``dense_backends.report()``), ``extension`` (``build_info()``), ``cuda_code`` (what the compiled CUDA code finds,
+    or None), ``driver`` and ``gpu``.
     """
     return {
         "package": {"version": __version__, "folder": str(Path(__file__).parent)},
@@ -36,6 +38,8 @@ def collect() -> dict[str, Any]:
         },
         "libraries": {name: _version(name) for name in DISTRIBUTIONS},
         "engines": _engines(),
+        "auto": _auto(),
+        "dense_attention": _dense_attention(),
         "extension": build_info(),
         "cuda_code": _cuda_code(),
         "driver": _driver(),
@@ -54,6 +58,37 @@ def _engines() -> list[dict[str, Any]]:
     from longlive_rag_ops import engines
 
     return [dict(row) for row in engines.report()]
+
+
+def _auto() -> dict[str, list[str]]:
+    """What ``auto`` means on a CPU and on each GPU."""
+    import torch
+
+    from longlive_rag_ops import dense_backends, engines, preferences
+
+    devices: list[tuple[str, torch.device]] = [("cpu", torch.device("cpu"))]
+    with contextlib.suppress(Exception):  # a broken driver: the section about the GPU reports it
+        if torch.cuda.is_available():
+            devices += [(f"cuda:{n}", torch.device("cuda", n)) for n in range(torch.cuda.device_count())]
+    means: dict[str, list[str]] = {}
+    for name, device in devices:
+        try:
+            engine = engines.engine_name("auto", device.type)
+            if engine != "auto":
+                means[name] = [engine]
+                continue
+            architecture = dense_backends.architecture_of(device)
+            usual = dense_backends.Facts("cuda", architecture, torch.bfloat16, head_dim=128, keys=18720)
+            means[name] = preferences.describe(architecture, dense_backends.select(usual).name)
+        except (ValueError, RuntimeError) as error:
+            means[name] = [f"nothing: {error}"]
+    return means
+
+
+def _dense_attention() -> list[dict[str, Any]]:
+    from longlive_rag_ops import dense_backends
+
+    return dense_backends.report()
 
 
 def _cuda_code() -> dict[str, Any] | None:
@@ -123,7 +158,9 @@ def format_text(report: dict[str, Any]) -> str:
     ]
     if missing:
         lines.append(f"  not installed: {', '.join(missing)}")
-    lines += ["", "Engines", *(_engine_line(row) for row in report["engines"]), "", "Compiled core"]
+    lines += ["", "Engines", *(_engine_line(row) for row in report["engines"])]
+    lines += [f"  auto on {device}: {line}" for device, means in report["auto"].items() for line in means]
+    lines += ["", "Dense attention", *(_back_end_line(row) for row in report["dense_attention"]), "", "Compiled core"]
     lines += [f"  {line}" for line in _extension_lines(report["extension"], report["cuda_code"])]
     lines += ["", "GPU", f"  driver: {_driver_line(driver)}"]
     lines += [f"  {_device_line(device)}" for device in gpu["devices"]]
@@ -135,6 +172,10 @@ def format_text(report: dict[str, Any]) -> str:
 def _engine_line(row: dict[str, Any]) -> str:
     state = f"yes, on {', '.join(row['devices'])}" if row["available"] else f"no: {row['reason']}"
     return f"  {row['name']}: {state}"
+
+
+def _back_end_line(row: dict[str, Any]) -> str:
+    return f"  {row['name']}: {'yes' if row['available'] else 'no: ' + row['reason']}"
 
 
 def _extension_lines(info: dict[str, Any], cuda_code: dict[str, Any] | None) -> list[str]:
