@@ -22,7 +22,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def gapped(x: torch.Tensor) -> torch.Tensor:
     """The same values with an innermost stride of 2."""
-    wide = torch.zeros(*x.shape, 2, dtype=torch.float32).to(x.dtype)
+    wide = torch.zeros(*x.shape, 2, dtype=torch.float32, device=x.device).to(x.dtype)
     wide[..., 1] = 77
     view = wide[..., 0]
     view.copy_(x)
@@ -32,7 +32,7 @@ def gapped(x: torch.Tensor) -> torch.Tensor:
 def strided(x: torch.Tensor) -> torch.Tensor:
     """The same values as every second element of a larger buffer, in each of the last two axes but the innermost."""
     shape = (*x.shape[:-2], 2 * x.shape[-2] + 1, x.shape[-1] + 6)
-    wide = torch.full(shape, torch.nan if x.is_floating_point() else 99).to(x.dtype)
+    wide = torch.full(shape, torch.nan if x.is_floating_point() else 99, device=x.device).to(x.dtype)
     view = wide[..., 1::2, 4:-2]
     view.copy_(x)
     assert not view.is_contiguous() or x.numel() == 0

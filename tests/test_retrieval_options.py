@@ -102,7 +102,7 @@ def test_wrong_options_are_named(change: dict[str, object], words: str) -> None:
 
 def test_a_window_chooses_by_its_options() -> None:
     """Candidates are frames 1 to 5; 4 looks different from the others: diversity wants it. None equals the query."""
-    looks = dict.fromkeys((1, 2, 3, 5), [1.0, 0.1]) | {4: [0.3, -1.0]}
+    looks = {1: [1.0, 0.1], 2: [1.0, 0.1], 3: [1.0, 0.1], 5: [1.0, 0.1], 4: [0.3, -1.0]}
     chosen = {}
     for name, options in {"plain": {}, "diverse": {"diversity": 0.5}, "gate": {"min_score": 0.999}}.items():
         config = WindowConfig(window=4, sink=1, top_k=2, recent_exclude=0, frames_per_block=1, **options)
