@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,13 +37,11 @@ class Case:
         op: module of this package, and the function in it after a dot when that is named otherwise.
         name: what is special about the call.
         arguments: makes them, by name.
-        variant: whether other cases meet the rows of `configs.CONFIGS` that this one meets.
     """
 
     op: str
     name: str
     arguments: Callable[[], Mapping[str, Any]]
-    variant: bool = False
 
     def run(self) -> None:
         """Calls the launcher."""
@@ -103,6 +101,9 @@ def _place(pages: str = "pool", dtype: torch.dtype = BF16, head_dim: int = HEAD_
         }
 
     return Case("place_frames", _shape(dtype, HEADS, HEADS, head_dim, samples, f"from {pages}"), arguments)
+
+
+TABLES = ("run", "pages", "turned", "int8")
 
 
 def _attend(
@@ -236,54 +237,44 @@ def _assign(window: int, top_k: int, *, select: bool = True, rule: str = "slot")
     return Case("assign_window", ", ".join(word for word in words if word), arguments)
 
 
-ROWS = (  # each meets a row of the table that no other case meets
+CASES: tuple[Case, ...] = (
     _retrieve(),
     _retrieve(dtype=INT8),
     _retrieve(dtype=FP32),
+    _retrieve(k=64),
     _retrieve(k=64, rows=20000),
     _retrieve(diversity=0.3),
-    _assign(WINDOW, 6),
-    _assign(240, 64),
-    _write(),
-    _place(),
-    *(
-        _attend(table, dtype, head_dim)
-        for table in ("run", "pages", "turned", "int8")
-        for dtype in (BF16, FP32)
-        for head_dim in (64, HEAD_DIM, 256)
-    ),
-    _merge(),
-)
-VARIANTS = (
-    _retrieve(k=64),
     _retrieve(embedding=768, normalized=False),
     _retrieve(min_score=0.2, exclude=3),
     _retrieve(dtype=INT8, normalized=False, embedding=768),
     _retrieve(dtype=INT8, diversity=0.3),
     _retrieve(dtype=FP16, samples=2),
+    _assign(WINDOW, 6),
     _assign(WINDOW, 6, select=False),
     _assign(WINDOW, 6, rule="absolute"),
+    _assign(240, 64),
+    _write(),
     _write(norm=False),
     _write(head_dim=64),
     _write(head_dim=96),
     _write(dtype=FP32),
     _write(kv_heads=3),
+    _place(),
     _place("keys"),
     _place("int8"),
     _place("fp8"),
     _place("int8", head_dim=96),
     _place(dtype=FP32),
-    _attend_counted(),
-    _attend(lse=True),
-    _attend("run", samples=2, length=TOKENS),
+    *(_attend(table, head_dim=head_dim) for table in TABLES for head_dim in (HEAD_DIM, 64, 96, 256)),
+    *(_attend(table, FP32, head_dim) for table in TABLES for head_dim in (HEAD_DIM, 64, 256)),
+    *(_attend(table, head_dim=head_dim, odd=True) for table in TABLES for head_dim in (HEAD_DIM, 64, 256)),
     _attend(dtype=FP16),
-    _attend(head_dim=96),
-    _attend("int8", head_dim=96),
-    _attend(kv_heads=3),
-    _attend("run", odd=True),
-    _attend(odd=True),
     _attend("int8", FP16),
+    _attend(lse=True),
+    _attend(kv_heads=3),
+    _attend("run", samples=2, length=TOKENS),
+    _attend_counted(),
+    _merge(),
     _merge(dtype=FP32),
     _merge(head_dim=96),
 )
-CASES: tuple[Case, ...] = (*ROWS, *(replace(case, variant=True) for case in VARIANTS))

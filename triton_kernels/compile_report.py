@@ -88,6 +88,7 @@ def compile_all(
     wanted: Sequence[int],
     dump: Path | None = None,
     cases: Sequence[Case] | None = None,
+    quick: bool = False,
     progress: Callable[[Sequence[Any]], Iterator[Any]] = iter,
 ) -> list[Compiled]:
     """Compiles each case for each architecture: one report a kernel, cases that share a kernel together.
@@ -98,11 +99,13 @@ def compile_all(
         wanted: architectures.
         dump: folder for ``ttgir``, ``ptx``, ``cubin`` and ``sass`` of each kernel; made when missing.
         cases: what to compile; all cases when not given.
+        quick: of each row of `configs.CONFIGS` only the first kernel.
         progress: wraps what is iterated over.
     """
     found: dict[tuple[Any, ...], Future[Compiled]] = {}
     met: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)  # cases, by the same keys
     taken: Counter[str] = Counter()
+    seen: set[tuple[Any, ...]] = set()
     pairs = [(number, case) for number in wanted for case in (CASES if cases is None else cases)]
     # The tools that look into a kernel are processes of their own, and run while the next kernel is compiled.
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -111,7 +114,7 @@ def compile_all(
         for number, case in progress(pairs):
             device = MODELS[number]
             try:
-                launches = _launches(device, case)
+                launches = _launches(device, case, seen if quick else None)
             except Exception as error:  # Triton's compiler fails with many types; the report is about which case did
                 found[number, case.op, case.name] = pool.submit(_failure, device, case, error)
                 met[number, case.op, case.name] = [case.name]
@@ -128,16 +131,29 @@ def compile_all(
         return [replace(report.result(), cases=met[key]) for key, report in found.items()]
 
 
-def _launches(device: Device, case: Case) -> list[tuple[str, Any, Config | None]]:
-    """Name, Triton's compiled kernel and row of each kernel that a case launches."""
+def _launches(device: Device, case: Case, seen: set[tuple[Any, ...]] | None) -> list[tuple[str, Any, Config | None]]:
+    """Name, Triton's compiled kernel and row of each kernel that a case launches; not those ``seen`` before."""
     rows: list[Config] = []
     launches: list[tuple[str, Any, Config | None]] = []
+
+    def wanted(name: str) -> bool:
+        if seen is None:
+            return True
+        key = (device.architecture, _row(name, rows) or name)
+        if key in seen:
+            return False
+        seen.add(key)
+        return True
 
     def record(name: str, kernel: Any) -> None:
         launches.append((name, kernel, _row(name, rows)))
 
     # ptxas' errors are printed by Triton, to where the report goes.
-    with contextlib.redirect_stdout(sys.stderr), configs.watch(rows.append), compile_only(device, record):
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        configs.watch(rows.append),
+        compile_only(device, record, wanted),
+    ):
         case.run()
     return launches
 

@@ -47,7 +47,7 @@ MODELS = {
 }
 
 _assumed: list[Device] = []
-_recorders: list[Callable[[str, Any], None]] = []
+_recorders: list[tuple[Callable[[str, Any], None], Callable[[str], bool] | None]] = []
 
 
 def device_of(x: torch.Tensor) -> Device:
@@ -78,11 +78,14 @@ def assume(device: Device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compile_only(device: Device, record: Callable[[str, Any], None]) -> Iterator[None]:
+def compile_only(
+    device: Device, record: Callable[[str, Any], None], wanted: Callable[[str], bool] | None = None
+) -> Iterator[None]:
     """Within it, launchers compile for ``device`` instead of running; tensors may be on the meta device.
 
     Args:
         record: called with the kernel's name and Triton's compiled kernel, for each launch.
+        wanted: asked before, with the kernel's name; a launch that is not wanted does nothing.
     """
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled while TRITON_INTERPRET is set: unset it in a new process")
@@ -90,7 +93,7 @@ def compile_only(device: Device, record: Callable[[str, Any], None]) -> Iterator
 
     before = driver._active
     driver.set_active(_AbsentGpu(device))
-    _recorders.append(record)
+    _recorders.append((record, wanted))
     try:
         with assume(device):
             yield
@@ -120,7 +123,9 @@ class _AbsentGpu:
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
     """Starts a kernel on the current stream: ``kernel[grid](*args, **options)``. An empty grid starts nothing."""
     if _recorders:
-        _recorders[-1](kernel.__name__, kernel.warmup(*args, grid=tuple(grid), **options))
+        record, wanted = _recorders[-1]
+        if wanted is None or wanted(kernel.__name__):
+            record(kernel.__name__, kernel.warmup(*args, grid=tuple(grid), **options))
     elif all(size > 0 for size in grid):
         tensor = next(x for x in args if isinstance(x, torch.Tensor))
         with torch.cuda.device_of(tensor):  # Triton starts kernels on the current device, whatever the tensors are on
