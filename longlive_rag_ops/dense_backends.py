@@ -277,18 +277,17 @@ def _math_attend(
     """
     compute = lse_dtype(queries.dtype)
     samples, heads, length, head_dim = queries.shape
-    across, summed = keys.to(compute).transpose(2, 3), values.to(compute)
-    out = torch.empty_like(queries)
-    lse = queries.new_empty((samples, heads, length), dtype=compute)
+    factor = head_dim**-0.5 if scale is None else scale
+    q, k, v = (x.to(compute).flatten(0, 1) for x in (queries, keys, values))
+    out, lse = torch.empty_like(queries), q.new_empty(samples, heads, length)
     rows = max(1, SCORES // max(1, samples * heads * keys.shape[2]))
     with ieee_products():
         for start in range(0, length, rows):
             part = slice(start, start + rows)
-            factor = head_dim**-0.5 if scale is None else scale
-            scores = (queries[:, :, part].to(compute) * factor) @ across
+            scores = torch.baddbmm(q.new_empty(1, 1, 1), q[:, part], k.mT, beta=0, alpha=factor)  # beta 0: never read
             total = scores.logsumexp(-1, keepdim=True)
-            out[:, :, part] = scores.sub_(total).exp_() @ summed
-            lse[:, :, part] = total.squeeze(-1)
+            out[:, :, part] = (scores.sub_(total).exp_() @ v).unflatten(0, (samples, heads))
+            lse[:, :, part] = total.squeeze(-1).unflatten(0, (samples, heads))
     return out, lse if return_lse else None
 
 
@@ -304,13 +303,19 @@ def ieee_products() -> Iterator[None]:
     if chosen == "ieee" or (chosen == "none" and backends.fp32_precision in ("none", "ieee")):
         yield
         return
-    old, chosen_on_cpu = torch.get_float32_matmul_precision(), on_cpu.fp32_precision
-    torch.set_float32_matmul_precision("highest")
+    try:
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the choice was made under the new name alone, and the old one still says "highest"
+        old = "highest"
+    chosen_on_cpu = on_cpu.fp32_precision
+    if old != "highest":
+        torch.set_float32_matmul_precision("highest")
     matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(old)
+        if old != "highest":
+            torch.set_float32_matmul_precision(old)
         matmul.fp32_precision, on_cpu.fp32_precision = chosen, chosen_on_cpu
 
 

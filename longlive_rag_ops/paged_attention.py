@@ -32,7 +32,7 @@ def missing() -> str | None:
 
 def obstacle(q: torch.Tensor, pool_layer: torch.Tensor) -> str | None:
     """Why it cannot serve a table of slots of this pool, or None. Costs no device synchronisation."""
-    if not q.is_cuda:
+    if q.device.type != "cuda":
         return f"it runs on CUDA devices only, the tensors are on {q.device.type}"
     if missing() is not None:
         return missing()
@@ -41,7 +41,7 @@ def obstacle(q: torch.Tensor, pool_layer: torch.Tensor) -> str | None:
     tokens = pool_layer.shape[3]
     if tokens % PAGE:
         return f"tokens_per_frame must be a multiple of {PAGE}, got {tokens}"
-    if not (pool_layer[0].is_contiguous() and q.numel() > 0):
+    if not (pool_layer.select(0, 0).is_contiguous() and q.numel() > 0):
         return "the pool's keys and values must be contiguous, and there must be queries"
     wanted = dense_backends.Facts("cuda", dense_backends.architecture_of(q.device), q.dtype, q.shape[3], tokens)
     return dense_backends.why_not(dense_backends.FLASH, wanted)
