@@ -33,6 +33,25 @@ class Config:
 
 EVERY = (80, 89, 90, 100, 120)
 
+
+def _attend(
+    shape: str,
+    families: tuple[int, ...],
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+    *,
+    shared: int,
+    reason: str,
+    resident: int = 1,
+    warpgroup: int | None = None,
+) -> Config:
+    """A row of window_attend: queries and keys of a tile; bytes of shared memory it compiles to, blocks an SM holds."""
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SHARED": shared, "RESIDENT": resident}
+    return Config("window_attend", families, shape, sizes, num_warps, num_stages, reason, warpgroup)
+
+
 CONFIGS: tuple[Config, ...] = (
     Config(
         "write_frames",
@@ -56,18 +75,253 @@ CONFIGS: tuple[Config, ...] = (
         "all loads before the first store; 64 to 66 registers, no spill, so that seven or eight blocks with 16 KiB of "
         "loads each fit an SM.",
     ),
-    Config("assign_window", EVERY, "short", {}, num_warps=1, reason="one warp needs no barriers: 162 registers, no spill"),
+    Config(
+        "assign_window", EVERY, "short", {}, num_warps=1, reason="one warp needs no barriers: 162 registers, no spill"
+    ),
     Config(
         *("assign_window", EVERY, "long", {}),
         num_warps=8,
         reason="256 slots, 64 of them memory: 254 registers, no spill; with 4 warps 250 and more bytes spill",
     ),
-    Config("score_rows", EVERY, "8 bits", {"ELEMENTS": 8192, "ROWS": 64, "BX": 32}, num_warps=4),
-    Config("score_rows", EVERY, "16 bits", {"ELEMENTS": 8192, "ROWS": 64, "BX": 32}, num_warps=4),
-    Config("score_rows", EVERY, "32 bits", {"ELEMENTS": 8192, "ROWS": 64, "BX": 32}, num_warps=4),
-    Config("select_keys", EVERY, "level", {"BC": 1024}, num_warps=4),
-    Config("select_keys", EVERY, "last", {"BC": 4096}, num_warps=8),
-    Config("pick_best", EVERY, "any", {"BC": 1024}, num_warps=4),
+    Config(
+        "score_rows",
+        EVERY,
+        "8 bits",
+        {"BE": 256, "ENTRIES": 1024, "MOST_ROWS": 32, "BX": 32},
+        num_warps=1,
+        reason="a warp a program, so that a row is summed by shuffles alone; 4 rows share the query's conversion. "
+        "215 registers at 1024 entries",
+    ),
+    Config(
+        "score_rows",
+        EVERY,
+        "16 bits",
+        {"BE": 256, "ENTRIES": 1024, "MOST_ROWS": 32, "BX": 32},
+        num_warps=1,
+        reason="152 registers at 1024 entries, 12 programs of 8 KiB an SM; about 1250 instructions for 4 rows, half of "
+        "what 4 warps on a row take",
+    ),
+    Config(
+        "score_rows",
+        EVERY,
+        "32 bits",
+        {"BE": 256, "ENTRIES": 1024, "MOST_ROWS": 32, "BX": 32},
+        num_warps=1,
+        reason="140 registers at 1024 entries, 14 programs of 16 KiB an SM",
+    ),
+    Config(
+        "select_keys",
+        EVERY,
+        "level",
+        {"BC": 1024},
+        num_warps=4,
+        reason="100,000 rows give 98 programs, one wave; 8 keys a thread, 48 registers",
+    ),
+    Config(
+        "select_keys",
+        EVERY,
+        "last",
+        {"BC": 4096},
+        num_warps=8,
+        reason="a whole index of 4096 rows in one launch; 16 keys a thread, 48 registers",
+    ),
+    Config(
+        "pick_best",
+        EVERY,
+        "any",
+        {"BC": 1024},
+        num_warps=4,
+        reason="8 blocks a thread and turn: the best of 4096 rows in one turn",
+    ),
+    # window_attend
+    Config("slot_tables", EVERY, "any", {"BLOCK": 128}, num_warps=4, reason="an entry a thread; tables have a dozen"),
+    Config(
+        *("merge_attention", EVERY, "any", {"BLOCK_S": 16}),
+        num_warps=4,
+        reason="16 rows of 128 channels: a thread reads 64 bytes of each float32 part, in 16-byte loads",
+    ),
+    _attend(
+        *("run D 64 descriptors", (90, 100), 128, 128, 8, 3),
+        shared=115296,
+        warpgroup=8,
+        reason="159 to 185 registers, no spill; 128 keys a tile rescale the sums half as often as 64",
+    ),
+    _attend(
+        *("run D 128 descriptors", (90, 100), 128, 128, 8, 2),
+        shared=164416,
+        warpgroup=8,
+        reason="212 to 225 registers, no spill; 128 keys a tile rescale the sums half as often as 64. A third stage "
+        "would fit with 3 KiB to spare, which another release of Triton may want.",
+    ),
+    _attend(
+        *("run D 256 descriptors", (90, 100), 128, 32, 8, 3),
+        shared=164448,
+        warpgroup=8,
+        reason="210 to 244 registers, no spill; 64 keys a tile spill on sm_100",
+    ),
+    _attend(
+        *("pages D 64 descriptors", (90, 100), 128, 64, 8, 5),
+        shared=66152,
+        resident=2,
+        warpgroup=4,
+        reason="111 to 114 registers: two blocks an SM",
+    ),
+    _attend(
+        *("pages D 128 descriptors", (90, 100), 128, 64, 8, 5),
+        shared=131688,
+        warpgroup=4,
+        reason="137 to 146 registers, no spill. Five stages give three buffers of keys and values, the table's entry "
+        "takes two. Of 1560 tokens, tiles of 64 waste 2.6 %, tiles of 128 6.7 %.",
+    ),
+    _attend(
+        *("pages D 256 descriptors", (90, 100), 128, 64, 8, 3),
+        shared=197188,
+        warpgroup=4,
+        reason="223 to 240 registers, no spill; two buffers of keys and values",
+    ),
+    _attend(
+        *("turned D 64 descriptors", (90, 100), 128, 64, 8, 3),
+        shared=69728,
+        warpgroup=4,
+        reason="140 to 156 registers, no spill",
+    ),
+    _attend(
+        *("turned D 128 descriptors", (90, 100), 128, 64, 8, 3),
+        shared=139360,
+        warpgroup=4,
+        reason="226 to 234 registers, no spill: turning the query takes what the products leave",
+    ),
+    _attend(
+        *("turned D 256 descriptors", (90, 100), 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 pages D 64 descriptors", (90, 100), 128, 64, 8, 5),
+        shared=49224,
+        warpgroup=4,
+        reason="142 to 190 registers, no spill",
+    ),
+    _attend(
+        *("int8 pages D 128 descriptors", (90, 100), 128, 64, 8, 3),
+        shared=82996,
+        warpgroup=4,
+        reason="x",
+    ),
+    _attend(
+        *("int8 pages D 256 descriptors", (90, 100), 64, 32, 8, 3),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 turned D 64 descriptors", (90, 100), 128, 32, 8, 3),
+        shared=36912,
+        warpgroup=4,
+        reason="201 to 254 registers, no spill; 64 keys a tile spill on sm_90",
+    ),
+    _attend(
+        *("int8 turned D 128 descriptors", (90, 100), 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 turned D 256 descriptors", (90, 100), 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("run D 64 pointers", EVERY, 128, 64, 8, 3),
+        shared=66080,
+        warpgroup=8,
+        reason="128 to 186 registers, no spill",
+    ),
+    _attend(
+        *("run D 128 pointers", EVERY, 128, 64, 8, 3),
+        shared=131616,
+        warpgroup=8,
+        reason="161 to 255 registers, no spill",
+    ),
+    _attend(
+        *("run D 256 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("pages D 64 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("pages D 128 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("pages D 256 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("turned D 64 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("turned D 128 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("turned D 256 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 pages D 64 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 pages D 128 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 pages D 256 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 turned D 64 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 turned D 128 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("int8 turned D 256 pointers", EVERY, 64, 32, 8, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("float32 D 64", EVERY, 32, 32, 4, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("float32 D 128", EVERY, 32, 32, 4, 2),
+        shared=0,
+        reason="x",
+    ),
+    _attend(
+        *("float32 D 256", EVERY, 32, 32, 4, 2),
+        shared=0,
+        reason="x",
+    ),
+    # end of window_attend
 )
 
 

@@ -23,66 +23,138 @@ def power_of_two_scale(b_largest):
 
 
 @triton.jit
-def load_vector(vector, s_e, E: tl.constexpr, BE: tl.constexpr, UNIT: tl.constexpr):
-    """A vector and its length: scaled by a power of two, or taken to have unit length."""
-    o_e = tl.arange(0, BE)
-    b_v = tl.load(vector + o_e.to(tl.int64) * s_e, o_e < E, 0).to(tl.float32)  # [BE]
-    if UNIT:
-        return b_v, 1.0
-    b_v = b_v * power_of_two_scale(tl.max(tl.abs(b_v), 0))
-    return b_v, tl.sqrt_rn(tl.sum(b_v * b_v, 0))
+def load_piece(rows, vector, i_e, o_n, m_n, s_n, s_e, s_v, E: tl.constexpr, BE: tl.constexpr):
+    """Entries ``i_e .. i_e + BE`` of rows ``[BN, BE]`` and of a vector ``[BE]`` in float32, 0 past the last."""
+    o_e = i_e + tl.arange(0, BE)
+    m_e = o_e < E
+    o_e = o_e.to(tl.int64)
+    b_x = tl.load(rows + o_n[:, None] * s_n + o_e[None, :] * s_e, m_n[:, None] & m_e[None, :], 0)  # [BN, BE]
+    b_v = tl.load(vector + o_e * s_v, m_e, 0)  # [BE]
+    return b_x.to(tl.float32), b_v.to(tl.float32)
 
 
 @triton.jit
-def load_scales(scales, o_n, m_n, s_n):
-    """Factors of an int8 index's rows; 1 where there are none."""
-    if scales is None:
-        return tl.full(o_n.shape, 1.0, tl.float32)
-    return tl.load(scales + o_n * s_n, m_n, 0).to(tl.float32)  # [BN]
+def scaled_sums(
+    rows,
+    vector,
+    o_n,
+    m_n,
+    s_n,
+    s_e,
+    s_v,
+    BN: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    UNIT_ROWS: tl.constexpr,
+    UNIT_VECTOR: tl.constexpr,
+):
+    """Dot products and sums of squares ``[BN]``, rows and vector scaled by powers of two; the vector's sum."""
+    b_largest = tl.zeros([BN, BE], tl.float32)
+    b_v_largest = tl.zeros([BE], tl.float32)
+    for i_e in range(0, E, BE):
+        b_x, b_v = load_piece(rows, vector, i_e, o_n, m_n, s_n, s_e, s_v, E, BE)
+        b_largest = tl.maximum(b_largest, tl.abs(b_x))
+        b_v_largest = tl.maximum(b_v_largest, tl.abs(b_v))
+    b_scale = power_of_two_scale(tl.max(b_largest, 1))[:, None]  # [BN, 1]
+    v_scale = power_of_two_scale(tl.max(b_v_largest, 0))
+    b_dots = tl.zeros([BN, BE], tl.float32)
+    b_squares = tl.zeros([BN, BE], tl.float32)
+    b_v_squares = tl.zeros([BE], tl.float32)
+    for i_e in range(0, E, BE):
+        b_x, b_v = load_piece(rows, vector, i_e, o_n, m_n, s_n, s_e, s_v, E, BE)
+        if not UNIT_ROWS:
+            b_x = b_x * b_scale
+        if not UNIT_VECTOR:
+            b_v = b_v * v_scale
+        b_dots = tl.fma(b_x, tl.broadcast_to(b_v[None, :], [BN, BE]), b_dots)
+        b_squares = tl.fma(b_x, b_x, b_squares)
+        b_v_squares = tl.fma(b_v, b_v, b_v_squares)
+    return tl.sum(b_dots, 1), tl.sum(b_squares, 1), tl.sum(b_v_squares, 0)
 
 
 @triton.jit
 def row_cosines(
     rows,
-    b_scale,
-    b_v,
-    length,
+    vector,
     o_n,
     m_n,
     s_n,
     s_e,
+    s_v,
+    BN: tl.constexpr,
     E: tl.constexpr,
     BE: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    UNIT_ROWS: tl.constexpr,
+    UNIT_VECTOR: tl.constexpr,
 ):
-    """Cosines ``[BN]`` in float32 of rows with a vector that `load_vector` gave.
+    """Cosines ``[BN]`` in float32 of rows with a vector; what is said to have unit length is not divided by it.
 
-    Not finite where the row or the vector is not; 0 where one of them is 0, never -0.
+    Not finite where the row or the vector is not; 0 where one of them is 0.
     """
-    o_e = tl.arange(0, BE)
-    m_x = m_n[:, None] & (o_e < E)[None, :]
-    b_raw = tl.load(rows + o_n[:, None] * s_n + o_e.to(tl.int64)[None, :] * s_e, m_x, 0)  # [BN, BE]
-    b_x = b_raw.to(tl.float32)
-    QUANTISED: tl.constexpr = b_raw.dtype == tl.int8
-    # Squares of float16 and int8 stay in range in float32 as they are.
-    WIDE: tl.constexpr = (b_raw.dtype == tl.float32) or (b_raw.dtype == tl.bfloat16)
-    if QUANTISED or (WIDE and not NORMALIZED):
-        b_largest = tl.max(tl.abs(b_x), 1)  # [BN]
-    if WIDE and not NORMALIZED:
-        b_x = b_x * power_of_two_scale(b_largest)[:, None]
-    b_dot = tl.sum(b_x * b_v[None, :], 1)  # [BN]
-    b_length = tl.full(b_dot.shape, 1.0, tl.float32) * length
-    if not NORMALIZED:
-        b_length = tl.sqrt_rn(tl.sum(b_x * b_x, 1)) * length
-    b_cosine = tl.div_rn(b_dot, tl.where(b_length == 0, 1.0, b_length))
-    if QUANTISED:
-        # A factor common to a row changes the length, not the direction, unless it is negative or 0.
-        b_factor = b_scale
-        if not NORMALIZED:
-            b_factor = tl.where(b_scale > 0, 1.0, tl.where(b_scale < 0, -1.0, 0.0))
-        m_finite = b_largest * tl.abs(b_scale) < float("inf")
-        b_cosine = tl.where(m_finite, b_cosine * b_factor, float("nan"))
-    return tl.where(b_cosine == 0, 0.0, b_cosine)
+    b_dots = tl.zeros([BN, BE], tl.float32)
+    b_squares = tl.zeros([BN, BE], tl.float32)
+    b_v_squares = tl.zeros([BE], tl.float32)
+    for i_e in tl.static_range(0, E, BE):  # unrolled, so that all loads can be under way at once
+        b_x, b_v = load_piece(rows, vector, i_e, o_n, m_n, s_n, s_e, s_v, E, BE)
+        b_dots = tl.fma(b_x, tl.broadcast_to(b_v[None, :], [BN, BE]), b_dots)
+        if not UNIT_ROWS:
+            b_squares = tl.fma(b_x, b_x, b_squares)
+        if not UNIT_VECTOR:
+            b_v_squares = tl.fma(b_v, b_v, b_v_squares)
+    b_dot, b_square = tl.sum(b_dots, 1), tl.sum(b_squares, 1)  # [BN]
+    v_square = tl.sum(b_v_squares, 0)
+    b_v_length = tl.full([BN], 1.0, tl.float32)  # of the vector, for each row
+    if not UNIT_VECTOR:
+        b_v_length = b_v_length * tl.sqrt_rn(v_square)
+
+    # Squares that left the range of float32, or might have. A row's cosine must not depend on the rows beside it, so
+    # only these rows take the scaled sums.
+    m_rare = tl.zeros([BN], tl.int1)
+    if not UNIT_ROWS:
+        m_rare = m_rare | (((b_square >= 2.0**-60) & (b_square <= 2.0**60)) == 0)
+    if not UNIT_VECTOR:
+        m_rare = m_rare | (((v_square >= 2.0**-60) & (v_square <= 2.0**60)) == 0)
+    m_rare = m_rare & m_n
+    if tl.max(m_rare.to(tl.int32), 0) > 0:
+        s_dot, s_square, s_v_square = scaled_sums(
+            rows, vector, o_n, m_rare, s_n, s_e, s_v, BN, E, BE, UNIT_ROWS, UNIT_VECTOR
+        )
+        b_dot = tl.where(m_rare, s_dot, b_dot)
+        b_square = tl.where(m_rare, s_square, b_square)
+        if not UNIT_VECTOR:
+            b_v_length = tl.where(m_rare, tl.sqrt_rn(s_v_square), b_v_length)
+    b_length = b_v_length
+    if not UNIT_ROWS:
+        b_length = tl.sqrt_rn(b_square) * b_length
+    return tl.div_rn(b_dot, tl.where(b_length == 0, 1.0, b_length))
+
+
+@triton.jit
+def apply_factors(
+    b_cosine,
+    b_factor,
+    rows,
+    o_n,
+    m_n,
+    s_n,
+    s_e,
+    BN: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    UNIT_ROWS: tl.constexpr,
+):
+    """Cosines ``[BN]`` of int8 rows times their factors, from the cosines of the integers alone."""
+    m_rare = m_n & ((tl.abs(b_factor) < 2.0**120) == 0)
+    m_finite = tl.full([BN], 1, tl.int1)
+    if tl.max(m_rare.to(tl.int32), 0) > 0:  # the product may be infinite or NaN
+        b_largest = tl.zeros([BN, BE], tl.float32)
+        for i_e in range(0, E, BE):
+            b_x, _ = load_piece(rows, rows, i_e, o_n, m_rare, s_n, s_e, s_e, E, BE)
+            b_largest = tl.maximum(b_largest, tl.abs(b_x))
+        m_finite = (tl.max(b_largest, 1) * tl.abs(b_factor) < float("inf")) | (m_rare == 0)
+    if not UNIT_ROWS:  # a common factor changes the length, not the direction, unless it is negative or 0
+        b_factor = tl.where(b_factor > 0, 1.0, tl.where(b_factor < 0, -1.0, 0.0))
+    return tl.where(m_finite, b_cosine * b_factor, float("nan"))
 
 
 @triton.jit

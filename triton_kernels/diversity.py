@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .configs import config
-from .cosine import EMPTY, key_frame, load_scales, load_vector, may_be_chosen, row_cosines, sort_key
+from .cosine import EMPTY, apply_factors, key_frame, may_be_chosen, row_cosines, sort_key
 from .launch import device_of, launch
 
 
@@ -71,12 +71,17 @@ def score_diverse(
         return
     m_n = o_n < length
     b_id = tl.load(index_ids + i_b * s_fb + o_n * s_fn, m_n, -1)  # [BN]
-    b_scale = load_scales(index_scale if index_scale is None else index_scale + i_b * s_sb, o_n, m_n, s_sn)
     p_index, p_relevance, p_redundancy = index + i_b * s_ib, relevance + i_b * N + o_n, redundancy + i_b * N + o_n
+    if index_scale is not None:
+        p_factor = index_scale + i_b * s_sb
+        b_factor = tl.load(p_factor + o_n * s_sn, m_n, 0).to(tl.float32)  # [BN]
     if FIRST:
         end = tl.minimum(tl.load(end_frame) - recent_exclude, 2**31)
-        b_q, q_length = load_vector(query + i_b * s_qb, s_qe, E, BE, False)
-        b_cosine = row_cosines(p_index, b_scale, b_q, q_length, o_n, m_n, s_in, s_ie, E, BE, NORMALIZED)  # [BN]
+        b_cosine = row_cosines(
+            p_index, query + i_b * s_qb, o_n, m_n, s_in, s_ie, s_qe, BN, E, BE, NORMALIZED, False
+        )  # [BN]
+        if index_scale is not None:
+            b_cosine = apply_factors(b_cosine, b_factor, p_index, o_n, m_n, s_in, s_ie, BN, E, BE, NORMALIZED)
         p_exclude = exclude if exclude is None else exclude + i_b * s_xb
         m_may = may_be_chosen(b_id, m_n, first_frame, end, p_exclude, s_xx, X, BX)
         m_may = m_may & (tl.abs(b_cosine) < float("inf")) & (b_cosine >= min_score)
@@ -87,13 +92,14 @@ def score_diverse(
         row = tl.load(chosen + i_b)
         if row < 0:  # nothing was left to choose
             return
-        b_v, v_length = load_vector(p_index + row * s_in, s_ie, E, BE, NORMALIZED)
+        p_row = p_index + row * s_in
+        b_cosine = row_cosines(p_index, p_row, o_n, m_n, s_in, s_ie, s_ie, BN, E, BE, NORMALIZED, NORMALIZED)
         if index_scale is not None:
-            factor = tl.load(index_scale + i_b * s_sb + row * s_sn).to(tl.float32)
+            b_cosine = apply_factors(b_cosine, b_factor, p_index, o_n, m_n, s_in, s_ie, BN, E, BE, NORMALIZED)
+            factor = tl.load(p_factor + row * s_sn).to(tl.float32)
             if not NORMALIZED:
                 factor = tl.where(factor > 0, 1.0, tl.where(factor < 0, -1.0, 0.0))
-            b_v = b_v * factor
-        b_cosine = row_cosines(p_index, b_scale, b_v, v_length, o_n, m_n, s_in, s_ie, E, BE, NORMALIZED)
+            b_cosine = b_cosine * factor
         b_redundancy = tl.maximum(tl.load(p_redundancy, m_n, 0.0), b_cosine)
         tl.store(p_redundancy, b_redundancy, m_n)
         b_relevance = tl.where(o_n == row, float("-inf"), tl.load(p_relevance, m_n, float("-inf")))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .configs import config
-from .cosine import EMPTY, load_scales, load_vector, may_be_chosen, row_cosines, sort_key
+from .cosine import EMPTY, apply_factors, may_be_chosen, row_cosines, sort_key
 from .diversity import choose_diverse
 from .launch import device_of, launch
 from .topk_select import select
@@ -60,9 +60,14 @@ def score_rows(
     m_n = o_n < length
     end = tl.minimum(tl.load(end_frame) - recent_exclude, 2**31)
     b_id = tl.load(index_ids + i_b * s_fb + o_n * s_fn, m_n, -1)  # [BN]
-    b_scale = load_scales(index_scale if index_scale is None else index_scale + i_b * s_sb, o_n, m_n, s_sn)
-    b_q, q_length = load_vector(query + i_b * s_qb, s_qe, E, BE, False)
-    b_cosine = row_cosines(index + i_b * s_ib, b_scale, b_q, q_length, o_n, m_n, s_in, s_ie, E, BE, NORMALIZED)  # [BN]
+    p_index = index + i_b * s_ib
+    b_cosine = row_cosines(
+        p_index, query + i_b * s_qb, o_n, m_n, s_in, s_ie, s_qe, BN, E, BE, NORMALIZED, False
+    )  # [BN]
+    if index_scale is not None:
+        b_factor = tl.load(index_scale + i_b * s_sb + o_n * s_sn, m_n, 0).to(tl.float32)  # [BN]
+        b_cosine = apply_factors(b_cosine, b_factor, p_index, o_n, m_n, s_in, s_ie, BN, E, BE, NORMALIZED)
+    b_cosine = tl.where(b_cosine == 0, 0.0, b_cosine)  # -0 ties with 0
     m_n = may_be_chosen(b_id, m_n, first_frame, end, exclude if exclude is None else exclude + i_b * s_xb, s_xx, X, BX)
     m_n = m_n & (tl.abs(b_cosine) < float("inf")) & (b_cosine >= min_score)  # NaN compares as false
     tl.store(p_key, tl.where(m_n, sort_key(b_cosine, b_id), EMPTY), o_n < N)
@@ -99,9 +104,9 @@ def topk_retrieve(
     scores = torch.empty((samples, k), dtype=torch.float32, device=query.device)
     if ids.numel() == 0:
         return ids, scores
-    block = max(2, triton.next_power_of_2(embedding))
     row = config("score_rows", device_of(query).architecture, f"{8 * index.element_size()} bits")
-    tile = min(row.constants["ROWS"], max(1, row.constants["ELEMENTS"] // block))
+    piece = max(2, min(row.constants["BE"], triton.next_power_of_2(embedding)))
+    tile = min(row.constants["MOST_ROWS"], row.constants["ENTRIES"] // piece)
     search = (
         query,
         index,
@@ -123,7 +128,7 @@ def topk_retrieve(
     )
     options = {
         "E": embedding,
-        "BE": block,
+        "BE": piece,
         "BN": tile,
         "BX": row.constants["BX"],
         "NORMALIZED": normalized,
