@@ -6,6 +6,9 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 DEMO_OUT ?= demo_out
 BENCH_OUT ?= bench_out
+# Tools of compute-sanitizer, and the tests they run: each op once by the Triton engine.
+SANITIZE ?= memcheck racecheck
+SANITIZED ?= agree_with_the_oracle and triton and float16 and not bfloat16
 # The same list as in pyproject.toml, [build-system]. The extension is built without isolation: an isolated build makes
 # a new environment and compiles from nothing every time, this one reuses both, and CMake recompiles what has changed.
 BUILD_TOOLS = 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.13'
@@ -34,7 +37,7 @@ endif
 # cmake and ninja of the environment come first, then those of the system.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo test test-cpp test-python bench lint wheel clean
+.PHONY: help setup demo test test-cpp test-python bench bench-gpu gpu-check lint wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +45,8 @@ help:
 	@echo 'make demo    run the demo, results in $(DEMO_OUT)'
 	@echo 'make test    C++ tests and Python tests'
 	@echo 'make bench   microbenchmarks, results in $(BENCH_OUT)'
+	@echo 'make bench-gpu   the ops on a CUDA device against its own rates and set targets, results in $(BENCH_OUT)'
+	@echo 'make gpu-check   some GPU tests under compute-sanitizer (SANITIZE=memcheck racecheck initcheck synccheck)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make wheel   build a wheel into dist'
 	@echo 'make clean   remove what was built ($(VENV) stays)'
@@ -107,6 +112,21 @@ bench: $(INSTALLED)
 	@echo 'bench: writing to $(BENCH_OUT)'
 	@mkdir -p $(BENCH_OUT)
 	@LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m pytest -q -s benchmarks --benchmark-json=$(BENCH_OUT)/benchmarks.json
+
+bench-gpu: $(INSTALLED)
+	@echo 'bench-gpu: writing to $(BENCH_OUT)'
+	@LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m benchmarks.gpu_ops $(BENCH_GPU)
+
+# One process for each tool; torch's caching allocator would hide reads and writes past the end of a tensor.
+gpu-check: $(INSTALLED)
+	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no CUDA device here, nothing was checked")'
+	@command -v compute-sanitizer >/dev/null || { echo 'gpu-check: compute-sanitizer is not on PATH (it comes with the CUDA toolkit), nothing was checked'; exit 1; }
+	@failed=; for tool in $(SANITIZE); do \
+	  echo "gpu-check: $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $(RUN) -m pytest -q -m gpu \
+	    -p no:cacheprovider tests/test_gpu.py -k '$(SANITIZED)' || failed="$$failed $$tool ($$?)"; done; \
+	  if [ -n "$$failed" ]; then echo "gpu-check: failed:$$failed; 9 is what compute-sanitizer found, others are the tests' own"; exit 1; \
+	  else echo 'gpu-check: nothing found by $(SANITIZE)'; fi
 
 lint: $(INSTALLED)
 	@for tool in ruff mypy; do \

@@ -1,27 +1,66 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device: builds, runs the GPU tests, replays the traces there, runs the benchmarks.
+# On a machine with a CUDA device: builds, runs the GPU tests, replays the traces on every engine, measures, checks
+# memory accesses, reports what the kernels compile to. Nine minutes at most.
 #
-#   benchmarks/gpu.sh OUT        writes logs and results into OUT; needs no network
+#   benchmarks/gpu.sh OUT        writes a log for each step and the results into OUT; needs no network
 #   PYTHON=python3 VENV=none     the defaults here: use that interpreter as it is
+#   LIMIT=540                    seconds for all of it
+#   STEPS='setup bench-gpu'      only these steps
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${1:?usage: benchmarks/gpu.sh OUT}"
 out=$(realpath -m "$1")
-export PYTHON=${PYTHON:-python3} VENV=${VENV:-none} PYTHONUNBUFFERED=1
+export PYTHON=${PYTHON:-python3} VENV=${VENV:-none} PYTHONUNBUFFERED=1 LONGLIVE_BENCH_OUT=$out
 python=$PYTHON
 [ "$VENV" = none ] || python=$VENV/bin/python
 mkdir -p "$out"
+: >"$out/summary"
 status=0
-step() { # step NAME COMMAND...: one log a step; a failed step does not stop the next
-  local name=$1
-  shift
+make_it=(make PYTHON="$PYTHON" VENV="$VENV" BENCH_OUT="$out")
+
+step() { # step NAME SECONDS COMMAND...: one log a step; a failed or late step does not stop the next
+  local name=$1 seconds=$2 began=$SECONDS left=$((${LIMIT:-540} - SECONDS)) code=0 verdict=ok
+  shift 2
+  case " ${STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
   echo "== $name"
-  "$@" >"$out/$name.log" 2>&1 || { status=1; echo "   failed"; }
-  tail -n 5 "$out/$name.log"
+  if [ "$left" -lt 5 ]; then
+    code=124
+  else
+    timeout -k 5 "$((seconds < left ? seconds : left))" "$@" >"$out/$name.log" 2>&1 || code=$?
+    tail -n 5 "$out/$name.log"
+  fi
+  case $code in
+    0) ;;
+    124 | 137) verdict='OUT OF TIME' ;;
+    *) verdict="FAILED ($code)" ;;
+  esac
+  [ "$code" -eq 0 ] || status=1
+  printf '%-16s %4d s  %s\n' "$name" "$((SECONDS - began))" "$verdict" >>"$out/summary"
 }
-step setup make PYTHON="$PYTHON" VENV="$VENV" setup
-step doctor "$python" -m longlive_rag_ops doctor --json
-step gpu-tests "$python" -m pytest -q -m gpu
-step replay "$python" -m longlive_rag_ops replay --device cuda tests/data/traces/trace_*.safetensors
-LONGLIVE_BENCH_OUT=$out step bench "$python" -m pytest -q -s benchmarks
+
+replay() { # every trace on every engine
+  local engine failed=0
+  for engine in triton dense auto; do
+    "$python" -m longlive_rag_ops replay --device cuda --engine $engine tests/data/traces/trace_*.safetensors || failed=1
+  done
+  return $failed
+}
+export -f replay
+export python
+
+# Kernels compile once and are cached, so tests run in several processes where pytest can: they mostly wait for that.
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+
+step setup 120 "${make_it[@]}" setup
+step doctor 30 "$python" -m longlive_rag_ops doctor --json
+step gpu-tests 240 "$python" -m pytest -q -m gpu "${workers[@]}"
+step replay 80 bash -c replay
+step bench-gpu 200 "${make_it[@]}" bench-gpu
+step gpu-check 120 "${make_it[@]}" gpu-check
+step compile 100 "$python" -m longlive_rag_ops compile --arch 90
+
+echo "== summary"
+cat "$out/summary"
+[ ! -f "$out/bench-gpu.log" ] || sed -n '/^  target /,$p' "$out/bench-gpu.log"
 exit $status
