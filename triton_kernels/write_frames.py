@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -202,6 +203,7 @@ def write_frames(
     return out
 
 
+@lru_cache
 def _tile(heads: int, kv_heads: int, channels: int, itemsize: int, num_warps: int, most: int) -> tuple[int, int, int]:
     """Warps, tokens and heads of a tile that all threads load with one 16-byte access each.
 
