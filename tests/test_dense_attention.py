@@ -415,3 +415,35 @@ def test_paged_attention_fits_torchs_declaration() -> None:
     out, lse = paged_attention.attend(q, pool, slots, None)
     assert out.shape == q.shape and out.dtype == q.dtype
     assert lse.shape == (2, 8, 48) and lse.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, -0.3])
+def test_tables_on_a_gpu(dtype: torch.dtype, scale: float | None) -> None:
+    rng = cases.generator(6)
+    q = torch.randn(3, 100, 4, 64, generator=rng).to("cuda", dtype)
+    pool = torch.randn(2, 3, 6, 256, 2, 64, generator=rng).to("cuda", dtype)
+    slots = torch.tensor([[5, -1, 0, 3], [-1, -1, -1, -1], [1, 2, 3, -1]], device="cuda")
+    for table in (slots, slots[[0, 0, 0]]):
+        exact = reference.window_attend(q.double(), pool.double(), table, None, scale, True)
+        out, lse = dense_attention.window_attend(q, pool, table, None, scale, True)
+        torch.testing.assert_close(out.double(), exact[0], rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse.double(), exact[1], rtol=1e-3, atol=1e-3)
+    if paged_attention.obstacle(q, pool) is None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            dense_attention.window_attend(q, pool, slots, None, scale, True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("table", ["shifts", "int8"])
+def test_placed_pages_on_a_gpu(table: str, dtype: torch.dtype) -> None:
+    case = cases.attend(dtype, table)
+    there = {name: x.to("cuda") if isinstance(x, torch.Tensor) else x for name, x in case.items()}
+    for got, want in zip(dense_attention.window_attend(**there), reference.window_attend(**there), strict=True):
+        few = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(got, want, rtol=few, atol=few)
