@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,10 +43,10 @@ class GpuTimer:
     overwritten: it empties the cache, and while it runs the host gets ahead of the device.
     """
 
-    def __init__(self, rounds: int = 20, cache_bytes: int = 0) -> None:
+    def __init__(self, rounds: int = 20, device: str = "cuda") -> None:
         self.rounds = rounds
-        self.cache_bytes = cache_bytes or torch.cuda.get_device_properties(0).L2_cache_size
-        self._ahead = torch.empty(max(4 * self.cache_bytes, 256 << 20), dtype=torch.int8, device="cuda")
+        self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        self._ahead = torch.empty(max(8 * self.cache_bytes, 512 << 20), dtype=torch.int8, device=device)
 
     def measure(self, contenders: Sequence[Contender]) -> dict[str, Timing]:
         """All contenders, one after another in every round, in an order that changes from round to round."""
@@ -77,17 +80,22 @@ class GpuTimer:
             first()  # compiles, chooses algorithms
         torch.cuda.synchronize()
         if not _waits_for_the_device(first):
-            graph = torch.cuda.CUDAGraph()
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):  # libraries make their handles and workspaces for the capturing stream
-                first()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, stream=side):
-                for call in contender.calls:
-                    call()
-            return graph.replay, len(contender.calls), "graph"
-        calls = iter(range(10**9))
-        return lambda: contender.calls[next(calls) % len(contender.calls)](), 1, "eager"
+            with contextlib.suppress(RuntimeError):  # what cannot be captured for another reason
+                return _captured(contender.calls).replay, len(contender.calls), "graph"
+        calls = itertools.cycle(contender.calls)
+        return lambda: next(calls)(), 1, "eager"
+
+
+def _captured(calls: Sequence[Call]) -> Any:
+    """A graph of all the calls."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(side):  # libraries make their handles and workspaces for the capturing stream
+        calls[0]()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        for call in calls:
+            call()
+    return graph
 
 
 def _waits_for_the_device(call: Call) -> bool:

@@ -3,13 +3,15 @@
 # ruff: noqa: E402  benchmarks is not installed: its folder is added to the path before it is imported
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from benchmarks import gpu_ops, gpu_sections
 from benchmarks.gpu_bench import Absent, Bench, Entrant, compared
 from benchmarks.gpu_contenders import Layer, clone, difference, exact_attention, exact_retrieve, poisoned
 from benchmarks.gpu_figures import Row, Section, Shape, Target
-from benchmarks.gpu_timer import Contender, DryTimer, Timing
+from benchmarks.gpu_timer import Contender, DryTimer, GpuTimer, Timing
 
 SMALL = Shape(grid=(2, 3), block=2, window=8, heads=2, head_dim=32, new_pages=3, embedding=64)
 
@@ -218,3 +220,77 @@ def test_dry_timer_calls_once() -> None:
     calls: list[int] = []
     timings = DryTimer().measure([Contender("one", [lambda: calls.append(1), lambda: calls.append(2)])])
     assert calls == [1] and timings["one"].mode == "dry"
+
+
+class FakeCuda:
+    """As much of ``torch.cuda`` as the timer uses: a clock that each call moves, graphs that call again."""
+
+    def __init__(self) -> None:
+        self.now, self.mode, self.captured = 0.0, 0, None
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        class CUDAGraph:
+            seconds = 0.0
+
+            def replay(self) -> None:
+                clock.now += self.seconds
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    def Stream(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def get_device_properties(self, number: int) -> SimpleNamespace:
+        return SimpleNamespace(L2_cache_size=1)
+
+    def stream(self, stream: None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def graph(self, graph: SimpleNamespace, stream: None) -> Iterator[None]:
+        began = self.now
+        yield
+        graph.seconds, self.now = self.now - began, began  # captured, not run
+
+    def get_sync_debug_mode(self) -> int:
+        return self.mode
+
+    def set_sync_debug_mode(self, mode: str | int) -> None:
+        self.mode = mode
+
+
+def test_gpu_timer_divides_by_the_calls_and_launches_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    order: list[str] = []
+
+    def work(name: str, seconds: float, waits: bool = False) -> None:
+        if waits and cuda.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        order.append(name)
+        cuda.now += seconds
+
+    timer = GpuTimer(rounds=4, device="cpu")
+    contenders = [
+        Contender("graphed", [lambda: work("a", 1.0), lambda: work("b", 3.0)]),
+        Contender("waiting", [lambda: work("c", 5.0, waits=True), lambda: work("d", 7.0, waits=True)]),
+    ]
+    timings = timer.measure(contenders)
+    assert timings["graphed"] == Timing([2.0] * 4, "graph")  # four seconds for two calls
+    assert timings["waiting"].mode == "eager" and sorted(timings["waiting"].seconds) == [5.0, 5.0, 7.0, 7.0]
+    assert cuda.mode == 0 and order.count("b") == 1
+    with pytest.raises(RuntimeError, match="out of memory"):
+        timer.measure([Contender("broken", [lambda: exec("raise RuntimeError('out of memory')")])])
