@@ -211,6 +211,11 @@ def twice(video: Video, state: torch.Tensor, chosen: torch.Tensor) -> None:
     chosen[1], state[1, FRAME, -TOP_K:] = torch.tensor([7, 7, 9]), torch.tensor([9, 3, 9])
 
 
+def early(video: Video, state: torch.Tensor, chosen: torch.Tensor) -> None:
+    video.start = 2
+    state.fill_(-1)[:, : POSITION + 1, :2] = torch.arange(2)
+
+
 FAULTS: dict[str, tuple[bool, Change]] = {
     "a block was skipped": (True, late),
     "start_frame is negative": (True, negative),
@@ -221,6 +226,7 @@ FAULTS: dict[str, tuple[bool, Change]] = {
     "a page is a window slot": (True, page(7, 8)),
     "a page is beyond the pool": (True, page(7, CONFIG.window + FRAMES)),
     "more memory than slots": (True, twice),
+    "memory follows a local part that is not full": (True, early),
     "rope is too short to advance": (True, option(positions=CONFIG.window - 1)),
     "count of the advanced state": (True, option(count=8)),
     "rope is too short": (False, option(positions=CONFIG.window - 1)),
