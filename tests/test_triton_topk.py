@@ -161,6 +161,9 @@ def test_zeros_of_both_signs_tie() -> None:
     assert ids[0].tolist() == [4, 0, 1, 2, 3, 5]
     assert scores[0].tolist() == [1, 0, 0, 0, 0, -1]
     assert not scores[0, 1:5].signbit().any()
+    int8 = search(torch.tensor([[0, 1], [0, 1], [0, 0]], dtype=torch.int8), torch.tensor([1.0, 0.0]))
+    ids, scores = retrieve(int8, index_scale=torch.tensor([[-0.5, 0.5, -0.5]]))
+    assert ids[0].tolist() == [0, 1, 2] and not scores.signbit().any()
 
 
 @pytest.mark.parametrize("normalized", [False, True])

@@ -126,9 +126,7 @@ def pick_best(best_key, best_row, relevance, chosen, ids, scores, rank, blocks, 
         b_key, b_row = tl.where(m_better, b_new, b_key), tl.where(m_better, b_new_row, b_row)
     best = tl.max(b_key, 0)
     row = tl.min(tl.where(b_key == best, b_row, N), 0)
-    # Once nothing was left, the passes left the blocks' best rows as they were: they are not to be read again.
-    more = tl.load(chosen + i_b, rank > 0, 0) >= 0
-    found = more & (best != EMPTY)
+    found = best != EMPTY  # once nothing is left, all blocks are empty, and later passes leave them so
     tl.store(chosen + i_b, tl.where(found, row, -1))
     tl.store(ids + i_b * k + rank, tl.where(found, key_frame(best), -1))
     tl.store(scores + i_b * k + rank, tl.load(relevance + i_b * N + row, found, float("-inf")))
