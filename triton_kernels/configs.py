@@ -72,8 +72,8 @@ CONFIGS: tuple[Config, ...] = (
         {"BYTES": 4096},
         num_warps=4,
         reason="16 rows of 128 channels: two 16-byte loads and stores of a thread for keys and as many for values, all "
-        "loads before the first store; 40 to 48 registers, no spill for any head_dim or kind of page tried, so that ten "
-        "to twelve blocks with 8 KiB of loads each fit an SM. Twice the rows spill on sm_80 and sm_89 for head_dim 64.",
+        "loads before the first store; 32 to 52 registers, no spill for any head_dim or kind of page tried, so that "
+        "nine or more blocks with 8 KiB of loads each fit an SM. Twice the rows spill on sm_80 at head_dim 64.",
     ),
     Config(
         "assign_window", EVERY, "short", {}, num_warps=1, reason="one warp needs no barriers: 162 registers, no spill"
