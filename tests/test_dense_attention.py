@@ -273,6 +273,7 @@ def test_float32_stays_ieee_and_the_choice_of_the_process_too(chosen: str, resto
 
 def plain_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Any:
     """``flash_attn_func``'s layout: tensors ``(B, S, H, D)``, log-sum-exp ``(B, H, S)``."""
+    assert scale is not None and scale >= 0  # these kernels take the largest product for the largest logit
     return exact_and_plain(q, k, v, scale)[1]
 
 
@@ -293,10 +294,11 @@ def always_both(q: Any, k: Any, v: Any, softmax_scale: Any = None) -> Any:
 
 
 @pytest.mark.parametrize("function", [with_flag, version_2, always_both])
+@pytest.mark.parametrize("scale", [0.4, -0.4])
 @pytest.mark.parametrize("return_lse", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packages_are_called_by_what_their_version_takes(
-    shape: str, return_lse: bool, function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    shape: str, return_lse: bool, scale: float, function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = ModuleType("flash_attn_interface")
     module.flash_attn_func = function  # type: ignore[attr-defined]
@@ -304,7 +306,7 @@ def test_packages_are_called_by_what_their_version_takes(
     dense_backends._package.cache_clear()
     try:
         assert FLASH_ATTN_3.missing() is None
-        assert_right(FLASH_ATTN_3, shape, torch.float32, 0.4, return_lse)
+        assert_right(FLASH_ATTN_3, shape, torch.float32, scale, return_lse)
     finally:
         dense_backends._package.cache_clear()
 
@@ -356,6 +358,7 @@ def plain_varlen(
     """What `torch.nn.attention.varlen.varlen_attn` documents, with garbage where a sample has no keys."""
     assert return_aux.lse and num_splits == 1 and enable_gqa == (query.shape[1] != key.shape[2])
     assert {x.dtype for x in (cu_seq_q, cu_seq_k, seqused_k, block_table)} == {torch.int32}
+    assert scale is not None and scale >= 0 and bool((block_table >= 0).all())
     out, lse = torch.empty_like(query), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
     for b in range(len(seqused_k)):
         rows, used = slice(int(cu_seq_q[b]), int(cu_seq_q[b + 1])), int(seqused_k[b])
@@ -447,3 +450,17 @@ def test_placed_pages_on_a_gpu(table: str, dtype: torch.dtype) -> None:
     for got, want in zip(dense_attention.window_attend(**there), reference.window_attend(**there), strict=True):
         few = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(got, want, rtol=few, atol=few)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gap", [1, 2], ids=["shifted by 6 bytes", "every second channel"])
+@pytest.mark.parametrize("return_lse", [True, False])
+def test_odd_strides_on_a_gpu(gap: int, return_lse: bool) -> None:
+    case = cases.attend(torch.bfloat16, "run", head_dim=64) | {"return_lse": return_lse}
+    case |= {name: case[name].to("cuda") for name in ("q", "pool_layer")}
+    odd = dict(case)
+    for name in ("q", "pool_layer"):
+        wide = torch.zeros(*case[name].shape[:-1], gap * 64 + 3, device="cuda", dtype=torch.bfloat16)
+        odd[name] = wide[..., 3::gap][..., :64].copy_(case[name])
+    for got, want in zip(dense_attention.window_attend(**odd), dense_attention.window_attend(**case), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
