@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,9 +136,10 @@ def test_samples_that_hold_the_block_keep_their_state() -> None:
     video.skip(7)
     chosen = video.choice()
     after = video.advanced(chosen, 3)
+    after[0, POSITION] += 7  # whoever made the state places the block; its first sample says where
     mixed = video.state.clone()
-    mixed[1] = after[1]
-    plan = video.plan(mixed, torch.where(torch.arange(3)[:, None] == 1, -1, chosen), 3)
+    mixed[0] = after[0]
+    plan = video.plan(mixed, torch.where(torch.arange(3)[:, None] == 0, -1, chosen), 3)
     assert_plan(plan, after, video, 3)
 
 
@@ -199,12 +201,8 @@ def option(**options: Any) -> Change:
     return lambda *_: options
 
 
-def late(video: Video, state: torch.Tensor, chosen: torch.Tensor) -> None:
-    video.start += 1
-
-
-def negative(video: Video, state: torch.Tensor, chosen: torch.Tensor) -> None:
-    video.start = -1
+def start(frame: int) -> Change:
+    return lambda video, *_: setattr(video, "start", frame)
 
 
 def twice(video: Video, state: torch.Tensor, chosen: torch.Tensor) -> None:
@@ -217,8 +215,8 @@ def early(video: Video, state: torch.Tensor, chosen: torch.Tensor) -> None:
 
 
 FAULTS: dict[str, tuple[bool, Change]] = {
-    "a block was skipped": (True, late),
-    "start_frame is negative": (True, negative),
+    "a block was skipped": (True, start(START + 1)),
+    "start_frame is negative": (True, start(-1)),
     "a sink frame is missing": (True, put(FRAME, 0, 7)),
     "a local frame is missing": (True, put(FRAME, window_slot(START - 1, SINK, CONFIG.local), 1)),
     "a retrieved frame has no page": (True, page(7, -1)),
@@ -237,7 +235,7 @@ FAULTS: dict[str, tuple[bool, Change]] = {
     "a staging row is beyond the buffer": (False, put(STAGED, 3, CONFIG.staging_rows)),
     "a staging row is negative": (False, put(STAGED, 3, -2)),
     "the block is not held": (False, put(FRAME, window_slot(START, SINK, CONFIG.local), START - 4)),
-    "the state is of another block": (False, late),
+    "the state is of another block": (False, start(START + 1)),
     "count is wrong": (False, option(count=8)),
     "the slots in use are not the first": (False, put(FRAME, CONFIG.window - 2, -1)),
 }
@@ -253,11 +251,17 @@ def test_faults(name: str) -> None:
     assert video.plan(state, chosen if select else None, N, **options).ok.item() == 0
 
 
+def test_a_retrieved_frame_beyond_rope_is_refused() -> None:
+    video = Video(replace(CONFIG, position_rule="absolute"), 1, seed=3)
+    video.skip(START // N)
+    chosen = torch.tensor([[20, -1, -1]])
+    assert [video.plan(video.state, chosen, N, positions=rows).ok.item() for rows in (20, 21)] == [0, 1]
+
+
 def refused(video: Video, state: torch.Tensor, chosen: torch.Tensor | None, count: int | None) -> bool:
     """Whether `assignment` refuses one of the samples, or the block is not in its state at the end."""
     slots = [window_slot(frame, SINK, CONFIG.local) for frame in range(video.start, video.start + N)]
-    block = list(range(video.start, video.start + N))
-    everything = video.frame_slot
+    block, everything = list(range(video.start, video.start + N)), video.frame_slot
     try:
         for sample in range(SAMPLES):
             one = state[sample : sample + 1]
