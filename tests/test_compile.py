@@ -36,14 +36,16 @@ def start(*words: str, **changes: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All cases for sm_90, and for the other architectures one kernel a row, which takes a third of the time."""
+    """One kernel a row and architecture; for sm_90 also the variants of the paper's shape."""
     cache = str(tmp_path_factory.mktemp("cache"))
-    others = ",".join(str(number) for number in ARCHITECTURES if number != 90)
-    running = [
+
+    def compiling(*words: str) -> subprocess.Popen[str]:
         # The variable makes no difference to the command: it leaves the interpreter.
-        start("-m", "longlive_rag_ops", "compile", "--json", *words, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="1")
-        for words in (("--arch", "90"), ("--arch", others, "--quick"))
-    ]
+        command = ("-m", "longlive_rag_ops", "compile", "--json", *words)
+        return start(*command, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="1")
+
+    running = [compiling("--quick", "--arch", "80,120"), compiling("--quick", "--arch", "90,100")]
+    running.append(compiling("--arch", "90", "--kernel", "16, D 128"))
     kernels: list[dict[str, Any]] = []
     version = ""
     for process in running:
@@ -72,11 +74,14 @@ def test_each_row_compiles_to_what_it_is_there_for(reports: dict[str, Any], row:
         assert kernel["shared"] <= kernel["shared_limit"], kernel
         assert kernel["num_warps"] == row.num_warps, kernel
         assert kernel["problems"] == [] or reports["triton"] != RECORDED_WITH, kernel
-    if architecture == 90 and row.kernel == "window_attend" and "16-bit" in row.shape:
-        assert row.warpgroup is not None
+        if "SHARED" in row.constants and reports["triton"] == RECORDED_WITH:
+            assert kernel["shared"] <= row.constants["SHARED"], kernel
+    if architecture == 90 and row.kernel == "window_attend" and "float32" not in row.shape:
+        assert row.warpgroup is not None  # which problems() holds against what was compiled
         for kernel in kernels:
             assert set(kernel["matrix"]) & {"HGMMA", "IGMMA"}, kernel
-            assert kernel["copies"], kernel
+            # Pointers are left to pages with strides that suit neither the tensor memory accelerator nor cp.async.
+            assert kernel["copies"] or "pointers" in row.shape, kernel
 
 
 def test_no_case_fails(reports: dict[str, Any]) -> None:

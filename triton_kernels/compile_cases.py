@@ -103,7 +103,7 @@ def _place(pages: str = "pool", dtype: torch.dtype = BF16, head_dim: int = HEAD_
     return Case("place_frames", _shape(dtype, HEADS, HEADS, head_dim, samples, f"from {pages}"), arguments)
 
 
-TABLES = ("run", "pages", "turned", "int8")
+TABLES = ("run", "pages", "turned", "int8 pages", "int8 turned")
 
 
 def _attend(
@@ -118,18 +118,18 @@ def _attend(
     length: int = BLOCK * TOKENS,
     odd: bool = False,
 ) -> Case:
-    """``table``: run; pages (a table of slots); turned (with shifts); int8 (pages that are quantised).
+    """``table``: run; pages (a table of slots); turned (with shifts); int8 pages, int8 turned (quantised).
 
     ``odd``: strides that the tensor memory accelerator cannot take.
     """
 
     def arguments() -> Mapping[str, Any]:
         pool = (2, samples, WINDOW + BANK, TOKENS, kv_heads, head_dim)
-        layer = _meta(*pool[:-1], head_dim + 4 * odd, dtype=INT8 if table == "int8" else dtype)[..., :head_dim]
+        layer = _meta(*pool[:-1], head_dim + 4 * odd, dtype=INT8 if "int8" in table else dtype)[..., :head_dim]
         given: dict[str, Any] = {"run": WINDOW} if table == "run" else {"slots": _meta(samples, WINDOW, dtype=INT64)}
-        if table == "turned":
+        if "turned" in table:
             given |= {"shifts": _meta(samples, WINDOW, dtype=INT64), **_rope(head_dim)}
-        if table == "int8":
+        if "int8" in table:
             given |= {f"{name}_scale": _meta(*pool[1:-1], dtype=FP16) for name in "kv"}
         q = _meta(samples, length, heads, head_dim, dtype=dtype)
         return {"q": q, "pool_layer": layer, "return_lse": lse, **given}
@@ -269,7 +269,7 @@ CASES: tuple[Case, ...] = (
     *(_attend(table, FP32, head_dim) for table in TABLES for head_dim in (HEAD_DIM, 64, 256)),
     *(_attend(table, head_dim=head_dim, odd=True) for table in TABLES for head_dim in (HEAD_DIM, 64, 256)),
     _attend(dtype=FP16),
-    _attend("int8", FP16),
+    _attend("int8 pages", FP16),
     _attend(lse=True),
     _attend(kv_heads=3),
     _attend("run", samples=2, length=TOKENS),
