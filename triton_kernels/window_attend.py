@@ -24,7 +24,7 @@ from .slot_tables import compact
 from .window_tile import SCALE_UP, attend_stretch, attend_tile, turned_query
 
 
-@triton.jit(do_not_specialize=["length", "run", "splits"])
+@triton.jit(do_not_specialize=["length", "run", "splits", "table_width"])
 def window_attend_kernel(
     q,  # (B, S, Hq, D)
     key,  # (B, slots, T, Hkv, D), or its descriptor [B, slots, Hkv, T, D]
@@ -238,7 +238,7 @@ def attend(
     # Quantised tiles are masked alike to the end: a second copy of their longer loop would run out of registers.
     joined = pages is None and not quantised and window_plan.is_joined(pool_layer)
     form = ("int8 " if quantised else "") + ("turned" if turned else "run" if joined else "pages")
-    described = window_plan.is_described(device, pool_layer)
+    described = window_plan.is_described(device, pool_layer, q.dtype)
     row = window_plan.row_of(device, q.dtype, head_dim, form, described)
     block_m, block_n, wide = row.constants["BLOCK_M"], row.constants["BLOCK_N"], window_plan.block_d(head_dim)
     planes: Sequence[Any] = (pool_layer[0], pool_layer[1])

@@ -78,14 +78,16 @@ def is_joined(pool_layer: torch.Tensor) -> bool:
     return pool_layer.stride(2) == pool_layer.shape[3] * pool_layer.stride(3) or pool_layer.shape[2] == 1
 
 
-def is_described(device: Device, pool_layer: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator is there and can read the pool.
+def is_described(device: Device, pool_layer: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor memory accelerator is there and can read the pool, for queries of ``dtype``.
 
+    Wide float32 heads are left to pointers: there are no tensor cores to feed, and by descriptors the kernel spills.
     CUDA driver API, ``cuTensorMapEncodeTiled``: base and strides are multiples of 16 bytes, channels lie side by side.
     """
     unit = 16 // pool_layer.element_size()
     return (
         family(device.architecture) in TMA_FAMILIES
+        and not (dtype == torch.float32 and pool_layer.shape[5] > 128)
         and pool_layer.numel() > 0
         and (pool_layer.stride(5) == 1 or pool_layer.shape[5] == 1)
         and all(0 < s < 2**36 * unit and s % unit == 0 for s in _described_strides(pool_layer))

@@ -110,7 +110,7 @@ def turned_query(
     o_pair = tl.arange(0, BLOCK_D // 2)
     b_q = tl.load(q + o_d.to(tl.int64)[None, :] * q_sd, mask=m_q, other=0.0)
     b_even, b_odd = tl.split(b_q.reshape(b_q.shape[0], BLOCK_D // 2, 2))  # [BLOCK_M, BLOCK_D // 2]
-    p_rope = rope + tl.abs(shift) * rope_sp + o_pair.to(tl.int64) * rope_sd
+    p_rope = rope + tl.abs(shift).to(tl.int64) * rope_sp + o_pair.to(tl.int64) * rope_sd
     b_cos = tl.load(p_rope, mask=o_pair < TIME // 2, other=1.0).to(tl.float32)[None, :]  # [1, BLOCK_D // 2]
     b_sin = tl.load(p_rope + rope_sc, mask=o_pair < TIME // 2, other=0.0).to(tl.float32)[None, :]
     b_cos, b_sin = b_cos * SIGN, tl.where(shift >= 0, b_sin, -b_sin) * SIGN
