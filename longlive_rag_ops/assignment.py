@@ -135,7 +135,8 @@ def check_state(state: torch.Tensor, *, slots: int, staging_rows: int, positions
         count: occupied slots in every sample, when the caller says so.
 
     Raises:
-        ValueError: a number is out of range, or ``count`` is not the number of occupied slots.
+        ValueError: a number is out of range, the occupied slots are not the first ones, or ``count`` is not their
+            number.
     """
     window = state.shape[2]
     for sample, rows in enumerate(state.tolist()):
@@ -150,7 +151,11 @@ def check_state(state: torch.Tensor, *, slots: int, staging_rows: int, positions
             if not -1 <= staged < staging_rows:
                 raise ValueError(f"{where} staging row must lie between -1 and {staging_rows - 1}, got {staged}")
         occupied = [frame >= 0 for frame in rows[FRAME]]
-        if count is not None and occupied != [slot < count for slot in range(window)]:
+        if occupied != [slot < sum(occupied) for slot in range(window)]:
+            raise ValueError(
+                f"window_state of sample {sample}: the occupied slots must be the first ones, got frames {rows[FRAME]}"
+            )
+        if count is not None and sum(occupied) != count:
             raise ValueError(
                 f"count must be the number of occupied slots, the first ones, in every sample; got {count}, but "
                 f"window_state of sample {sample} holds {rows[FRAME]}"

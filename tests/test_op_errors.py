@@ -253,3 +253,14 @@ def test_a_wrong_window_state_is_named_before_anything_is_written(
     with pytest.raises((ValueError, RuntimeError), match=message):
         torch.ops.longlive.retrieve_attend(**case)
     assert all(torch.equal(case[n], before[n]) for n in ("pool_layer", "staging", "window_state"))
+
+
+def test_a_window_state_with_a_hole_is_refused_whether_or_not_count_is_given() -> None:
+    """What is attended to is one run of slots: every engine may rely on that."""
+    for engine in ("reference", "dense"):
+        case = cases.retrieve_later(select=False) | {"count": None}
+        case["window_state"][1, :, 4] = -1
+        before = cases.clone(case)
+        with pytest.raises(ValueError, match=r"sample 1: the occupied slots must be the first ones, got frames \["):
+            torch.ops.longlive.retrieve_attend(**case, engine=engine)
+        assert all(torch.equal(case[n], v) for n, v in before.items() if isinstance(v, torch.Tensor))

@@ -77,7 +77,8 @@ def retrieve_attend(
         ValueError: a shape, size or device is not allowed, or ``window - sink - top_k`` is less than the block.
             Values of index tables are checked on a CPU only.
         RuntimeError: an input requires grad in grad mode, or the engine is not available,
-            or ``window_state`` lacks frames it must hold.
+            or ``window_state`` lacks frames it must hold. The engines ``triton`` and ``auto`` on a GPU do not wait for
+            the device to say so: a device-side assertion fails, after which the process needs a new CUDA context.
     """
     arguments.check_retrieve(
         q,
