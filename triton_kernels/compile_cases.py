@@ -120,7 +120,7 @@ def _attend(
 ) -> Case:
     """``table``: run; pages (a table of slots); turned (with shifts); int8 pages, int8 turned (quantised).
 
-    ``odd``: strides that the tensor memory accelerator cannot take.
+    ``odd``: strides that neither the tensor memory accelerator nor cp.async can take.
     """
 
     def arguments() -> Mapping[str, Any]:
