@@ -52,7 +52,7 @@ def test_auto_asks_the_device_nothing_that_triton_could_do_without() -> None:
         (86, "half", "flash", "dense"),
         (121, "half", "flash", "dense"),
         (80, "half", "math", "triton"),
-        (90, "float32", "math", "triton"),
+        (90, "float32", "math", "dense"),
         (90, "float64", "math", "dense"),
     ],
 )
@@ -151,7 +151,7 @@ def test_what_triton_does_not_take_goes_to_the_dense_engine(calls: list[str]) ->
         (torch.bfloat16, "run", "cudnn", "dense"),
         (torch.bfloat16, "run", "flash", "triton"),
         (torch.bfloat16, "slots", "cudnn", "triton"),
-        (torch.float32, "run", "math", "triton"),
+        (torch.float32, "run", "math", "dense"),
         (torch.float64, "run", "math", "dense"),
         (torch.float64, "slots", "math", "dense"),
     ],
