@@ -92,7 +92,7 @@ def test_a_pool_with_room_between_its_axes(way: str) -> None:
     view = wide[:, 1:, 2:, 4:28, 1:, 8:]
     view.copy_(case["pool_layer"])
     with read_by(way):
-        assert window_plan.is_described(launch.device_of(view), view, view.dtype) == (way == "descriptors")
+        assert window_plan.reading(launch.device_of(view), view, view.dtype) == way
         check(case, *window_attend(**case | {"pool_layer": view}))
         run = {name: x for name, x in case.items() if name != "slots"} | {"run": 5}
         check(run, *window_attend(**run | {"pool_layer": view}))

@@ -238,11 +238,11 @@ def attend(
     # Quantised tiles are masked alike to the end: a second copy of their longer loop would run out of registers.
     joined = pages is None and not quantised and window_plan.is_joined(pool_layer)
     form = ("int8 " if quantised else "") + ("turned" if turned else "run" if joined else "pages")
-    described = window_plan.is_described(device, pool_layer, q.dtype)
-    row = window_plan.row_of(device, q.dtype, head_dim, form, described)
+    how = window_plan.reading(device, pool_layer, q.dtype)
+    row = window_plan.row_of(device, q.dtype, head_dim, form, how)
     block_m, block_n, wide = row.constants["BLOCK_M"], row.constants["BLOCK_N"], window_plan.block_d(head_dim)
     planes: Sequence[Any] = (pool_layer[0], pool_layer[1])
-    if described:
+    if how == "descriptors":
         planes = window_plan.descriptors(pool_layer, joined, block_n, wide)
     tiles_m = triton.cdiv(length, block_m)
     if splits is None:
@@ -277,7 +277,7 @@ def attend(
             D=head_dim,
             TIME=rope_split[0] if rope_split is not None else 0,
             SIGN=sign,
-            TMA=described,
+            TMA=how == "descriptors",
             TABLE=pages is not None,
             COUNTED=counts is not None,
             JOINED=joined,

@@ -32,12 +32,12 @@ def check_dtype(q: torch.Tensor) -> None:
         )
 
 
-def row_of(device: Device, dtype: torch.dtype, head_dim: int, form: str, described: bool) -> Config:
+def row_of(device: Device, dtype: torch.dtype, head_dim: int, form: str, how: str) -> Config:
     """The row for a form of the kernel.
 
     Args:
         form: run (one stretch of memory), pages, turned (pages that count as moved); int8 pages, int8 turned.
-        described: whether tiles are read by descriptors, else by pointers.
+        how: see `reading`.
 
     Raises:
         ValueError: heads wider than any row.
@@ -51,8 +51,9 @@ def row_of(device: Device, dtype: torch.dtype, head_dim: int, form: str, describ
     wide = block_d(head_dim)
     if dtype == torch.float32:
         row = config("window_attend", device.architecture, f"float32 D {max(wide, 64)}")
+    elif how == "elements":
+        row = config("window_attend", device.architecture, f"elements D {max(wide, 64)}")
     else:
-        how = "descriptors" if described else "pointers"
         row = config("window_attend", device.architecture, f"{form} D {max(wide, 64)} {how}")
     needed = row.constants["SHARED"]
     if needed > device.shared_memory:
@@ -78,21 +79,26 @@ def is_joined(pool_layer: torch.Tensor) -> bool:
     return pool_layer.stride(2) == pool_layer.shape[3] * pool_layer.stride(3) or pool_layer.shape[2] == 1
 
 
-def is_described(device: Device, pool_layer: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the tensor memory accelerator is there and can read the pool, for queries of ``dtype``.
+def reading(device: Device, pool_layer: torch.Tensor, dtype: torch.dtype) -> str:
+    """How tiles of the pool are read for queries of ``dtype``.
 
-    Wide float32 heads are left to pointers: there are no tensor cores to feed, and by descriptors the kernel spills.
-    CUDA driver API, ``cuTensorMapEncodeTiled``: base and strides are multiples of 16 bytes, channels lie side by side.
+    Returns:
+        descriptors: by the tensor memory accelerator; pointers: 16 bytes at a time; elements: where base and strides
+        are not multiples of 16 bytes, or channels not side by side. Both hardware copies ask for the same: CUDA driver
+        API, ``cuTensorMapEncodeTiled``. On sm_90 and sm_100 there is nothing between the first and the last.
     """
     unit = 16 // pool_layer.element_size()
-    return (
-        family(device.architecture) in TMA_FAMILIES
-        and not (dtype == torch.float32 and pool_layer.shape[5] > 128)
-        and pool_layer.numel() > 0
+    whole = (
+        pool_layer.numel() > 0
         and (pool_layer.stride(5) == 1 or pool_layer.shape[5] == 1)
         and all(0 < s < 2**36 * unit and s % unit == 0 for s in _described_strides(pool_layer))
         and all(plane.data_ptr() % 16 == 0 for plane in (pool_layer[0], pool_layer[1]))
     )
+    if family(device.architecture) not in TMA_FAMILIES:
+        return "pointers" if whole else "elements"
+    # Wide float32 heads spill by descriptors, and have no tensor cores to feed.
+    wide = dtype == torch.float32 and pool_layer.shape[5] > 128
+    return "descriptors" if whole and not wide else "elements"
 
 
 def _described_strides(pool_layer: torch.Tensor) -> list[int]:
