@@ -97,7 +97,9 @@ def window_attend_kernel(
         first, last = i_s * each, tl.minimum(i_s * each + each, n_pages)
         shifts += i_b * table_width
         shift = tl.load(shifts + first, mask=first < last, other=0)
-        b_q = turned_query(p_q, m_q & (first < last), q_sd, rope, shift, rope_sp, rope_sd, rope_sc, SIGN, TIME, BLOCK_D)
+        # Compared with 0, here and below: Triton 3.9's interpreter takes no `block & scalar` as a mask.
+        m_some = (m_q & (first < last)) != 0
+        b_q = turned_query(p_q, m_some, q_sd, rope, shift, rope_sp, rope_sd, rope_sc, SIGN, TIME, BLOCK_D)
         for i_n in range(first, last):
             i_p = i_n
             if TABLE:
@@ -111,8 +113,9 @@ def window_attend_kernel(
             # the matrix products, what is computed beside them stays in registers, which then run out. For the same
             # reason the query is read again, by a mask that the compiler cannot move out of the loop.
             more = i_n + 1 < last
+            m_some = (m_q & more) != 0
             shift = tl.load(shifts + i_n + 1, mask=more, other=0)
-            b_q = turned_query(p_q, m_q & more, q_sd, rope, shift, rope_sp, rope_sd, rope_sc, SIGN, TIME, BLOCK_D)
+            b_q = turned_query(p_q, m_some, q_sd, rope, shift, rope_sp, rope_sd, rope_sc, SIGN, TIME, BLOCK_D)
     else:
         b_q = tl.load(p_q + o_d.to(tl.int64)[None, :] * q_sd, mask=m_q, other=0.0)  # [BLOCK_M, BLOCK_D]
         if SIGN != 1:
@@ -289,6 +292,8 @@ def attend(
             BLOCK_D=wide,
             num_warps=row.num_warps,
             num_stages=row.num_stages,
+            # No limit, but ptxas then stops spilling a few bytes of these to fit more blocks on an SM.
+            maxnreg=255 if q.dtype == torch.float32 else None,
         )
     except OutOfResources as error:
         raise window_plan.too_much_shared(error.required, error.limit) from error
