@@ -204,13 +204,13 @@ def assign_window_kernel(
             used = tl.where(held, used, part + memory)
 
             p_new = p_next + b * 4 * window + o_w
-            m_new = m_w & (held | (o_w < fixed))
+            m_new = o_w < tl.where(held, window, fixed)
             tl.store(p_new, tl.where(held, b_frame, b_kept), m_new)
             tl.store(p_new + window, tl.where(held, b_position, b_kept_at), m_new)
             tl.store(p_new + 2 * window, tl.where(held, b_source, -1), m_new)
             tl.store(p_new + 3 * window, tl.where(held, b_staged, b_again), m_new)
             p_new = p_next + b * 4 * window + fixed + o_k
-            m_new = (o_k < top_k) & (held == 0)
+            m_new = o_k < tl.where(held, 0, top_k)
             tl.store(p_new, b_memory, m_new)
             tl.store(p_new + window, b_memory_at, m_new)
             tl.store(p_new + 2 * window, b_page, m_new)
