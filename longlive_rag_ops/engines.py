@@ -50,7 +50,7 @@ def _triton_obstacle(device_type: str) -> str | None:
 def _why_not_triton(device_type: str, interpreter: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'longlive-rag-ops[gpu]')"
-    version = _triton_version()
+    version = _version("triton")
     first, beyond = TRITON_VERSIONS
     if version is not None and not first <= version < beyond:
         found, low, high = (".".join(map(str, v)) for v in (version, first, beyond))
@@ -61,6 +61,9 @@ def _why_not_triton(device_type: str, interpreter: bool) -> str | None:
         interpreted = f"on a CPU it runs only in Triton's interpreter, for tests: set {INTERPRETER}=1"
         if not interpreter:
             return interpreted
+        reason = interpreter_obstacle()
+        if reason is not None:
+            return reason
         language = sys.modules.get("triton.language")
         if language is not None and type(language.softmax).__name__ != "InterpretedFunction":
             return f"{interpreted} before anything imports triton"
@@ -77,10 +80,18 @@ def _has_cuda() -> bool:
         return False
 
 
-def _triton_version() -> tuple[int, int] | None:
-    """Major and minor version of triton; None where its distribution has another name."""
+def interpreter_obstacle() -> str | None:
+    """Why Triton's interpreter fails with the packages that are installed, or None."""
+    # Loops up to a number that is known only when the kernel runs: NumPy no longer turns arrays into integers.
+    if _version("triton") == (3, 6) and (_version("numpy") or (0, 0)) >= (2, 4):
+        return "Triton 3.6's interpreter fails under NumPy 2.4 and newer"
+    return None
+
+
+def _version(distribution: str) -> tuple[int, int] | None:
+    """Major and minor version of what is installed; None where no distribution has this name."""
     try:
-        major, minor, *_ = importlib.metadata.version("triton").split(".")
+        major, minor, *_ = importlib.metadata.version(distribution).split(".")
         return int(major), int(minor)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None

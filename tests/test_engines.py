@@ -41,10 +41,31 @@ def test_triton_has_to_be_of_a_known_version(
     version: tuple[int, int] | None, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(engines, "_triton_version", lambda: version)
+    monkeypatch.setattr(engines, "_version", lambda distribution: version)
     monkeypatch.setattr(engines, "_has_cuda", lambda: False)
     reason = engines._why_not_triton.__wrapped__("cuda", False)
     assert reason is None if words is None else words in reason
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [
+        ((3, 6), (2, 4), False),
+        ((3, 6), (3, 0), False),
+        ((3, 6), (2, 3), True),
+        ((3, 7), (2, 4), True),
+        (None, None, True),
+    ],
+)
+def test_the_interpreter_of_triton_3_6_does_not_work_with_every_numpy(
+    triton: tuple[int, int] | None, numpy: tuple[int, int] | None, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(engines, "_version", {"triton": triton, "numpy": numpy}.get)
+    monkeypatch.setattr(engines, "_has_cuda", lambda: False)
+    why, words = engines._why_not_triton.__wrapped__, "Triton 3.6's interpreter fails under NumPy 2.4 and newer"
+    assert (why("cpu", True) != words) == works
+    assert why("cuda", False) is None
 
 
 def test_triton_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
