@@ -25,6 +25,7 @@ from benchmarks.gpu_bench import Absent, Bench, Entrant, compared
 from benchmarks.gpu_contenders import Layer, clone, difference, exact_attention, exact_retrieve, poisoned
 from benchmarks.gpu_figures import Row, Section, Shape, Target
 from benchmarks.gpu_timer import Contender, DryTimer, GpuTimer, Timing
+from longlive_rag_ops import engines
 
 SMALL = Shape(grid=(2, 3), block=2, window=8, heads=2, head_dim=32, new_pages=3, embedding=64)
 
@@ -186,6 +187,8 @@ def test_attention_a_head_at_a_time_equals_all_at_once() -> None:
 def test_dry_run(tmp_path: Path) -> None:
     """In a process of its own: it puts Triton into its interpreter, which a GPU's tests must not meet."""
     pytest.importorskip("triton")
+    if (reason := engines.interpreter_obstacle()) is not None:
+        pytest.skip(reason)
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_ops", "--dry-run", "--only", "pages", "--only", "search"],
         cwd=ROOT,

@@ -167,10 +167,10 @@ def test_attention_goes_where_the_table_says(
     assert calls == [f"{engine}.window_attend"]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("engine", ["dense", "triton"])
 @pytest.mark.parametrize("count", [6, None])
 def test_retrieval_with_either_attention(engine: str, count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
     from longlive_rag_ops import auto
 
     case = cases.retrieve_later(select=False) | {"count": count, "place": True}
