@@ -13,6 +13,9 @@ from benchmarks.gpu_contenders import Layer, Tensors
 from benchmarks.gpu_figures import Section
 from benchmarks.gpu_sections import attention_entrants, check_out, matmul, paper_cases
 
+# Queries and keys of a tile, warps, stages: what compiles without spills on sm_90, beside the table's row.
+TILES = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 3))
+
 
 def sweep(bench: Bench) -> Section:
     """Windows, head dimensions, few queries, ranges of keys, tables with a hole, shifted and quantised pages."""
@@ -38,6 +41,10 @@ def sweep(bench: Bench) -> Section:
         check = functools.partial(check_out, calls[0], exact)
         flops = figures.attention_flops(shape.queries, shape.window * shape.tokens, shape.heads, shape.head_dim)
         entrants.append(Entrant(f"{splits} ranges of keys: triton", calls, check, flops=flops))
+    for tile in () if bench.dry else TILES:
+        calls = [functools.partial(attend_split, case, None, tile) for case in split]
+        name = "tiles {} x {}, {} warps, {} stages: triton".format(*tile)
+        entrants.append(Entrant(name, calls, functools.partial(check_out, calls[0], exact), flops=flops))
 
     def tables(change: Callable[[Layer, Tensors], None], frames: int) -> list[Tensors]:
         cases = []
@@ -67,7 +74,13 @@ def sweep(bench: Bench) -> Section:
     return section
 
 
-def attend_split(case: Tensors, splits: int) -> object:
+def attend_split(case: Tensors, splits: int | None, tile: tuple[int, int, int, int] | None = None) -> object:
+    """Attention with a number of ranges, or a configuration, that the package would not have chosen."""
+    from longlive_rag_ops.triton_kernels.configs import EVERY, Config
     from longlive_rag_ops.triton_kernels.window_attend import attend
 
-    return attend(case["q"], case["pool_layer"], case["run"], splits=splits)
+    row = None
+    if tile is not None:
+        sizes = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "SHARED": 0, "RESIDENT": 1}
+        row = Config("window_attend", EVERY, "sweep", sizes, tile[2], tile[3], "tried beside the table's row")
+    return attend(case["q"], case["pool_layer"], case["run"], splits=splits, row=row)

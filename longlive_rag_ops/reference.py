@@ -275,7 +275,7 @@ def merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tenso
         weight = (lse - top).exp()
         total = total + weight
         spread = weight.transpose(1, 2)[..., None]  # (B, S, H, 1)
-        joined = joined + torch.where(spread > 0, spread * out.double(), 0.0)
+        joined = joined + torch.where(spread == 0, 0.0, spread * out.double())  # NaN stays NaN
     divisor = torch.where(total > 0, total, 1.0).transpose(1, 2)[..., None]
     return (joined / divisor).to(outs.dtype), (top + total.log()).to(lses.dtype)
 

@@ -234,6 +234,15 @@ def test_merging_ignores_what_an_empty_part_holds() -> None:
     assert not out.any() and (lse == -torch.inf).all()
 
 
+def test_merging_passes_a_part_s_nan_on() -> None:
+    """A number in its place would look like a result."""
+    outs, lses = torch.ones(2, 1, 3, 1, 4), torch.zeros(2, 1, 1, 3)
+    lses[1, 0, 0, 1] = torch.nan
+    for engine in ("reference", "dense"):
+        out, lse = torch.ops.longlive.merge_attention(outs, lses, engine=engine)
+        assert out.isnan().all(-1).flatten().tolist() == lse.isnan().flatten().tolist() == [False, True, False]
+
+
 def test_selecting_and_placing_again_changes_nothing() -> None:
     """A call that failed half-way, and a second layer that says select again, must not lose the placement plan."""
     once, again = cases.retrieve_later(), cases.retrieve_later()

@@ -85,21 +85,26 @@ def test_the_same_bits_twice_and_large_logarithms() -> None:
 
 def test_float64_is_refused() -> None:
     outs, lses = torch.zeros(1, 1, 2, 1, 4, device=DEVICE), torch.zeros(1, 1, 1, 2, device=DEVICE)
-    with pytest.raises(TypeError, match=r"outs in float32, .*float64; engines that take it: dense, reference"):
+    with pytest.raises(TypeError, match=r"float16 or bfloat16 for outs, got torch.float64; engines that take it: dense, reference"):
         merge_attention(outs.double(), lses)
-    with pytest.raises(TypeError, match=r"lses in float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"float32 for lses, got torch.float64"):
         merge_attention(outs, lses.double())
 
 
-def estimate(parts: int, blocks: int, tiles: int, places: int) -> float:
+def estimate(parts: int, blocks: int, tiles: int, places: int, keys: int = 64) -> float:
     """The time that `kv_splits` makes least, written a second time: whole waves, then the merge."""
     waves = (blocks * parts + places - 1) // places
-    return waves * ((tiles + parts - 1) // parts + START) + (MERGE * blocks * parts / places if parts > 1 else 0)
+    return waves * ((tiles + parts - 1) // parts * keys / 64 + START) + (
+        MERGE * blocks * parts / places if parts > 1 else 0
+    )
 
 
 def test_splits_of_the_paper_s_shape_fill_the_last_wave() -> None:
     """4680 queries in tiles of 128 and 12 heads are 444 blocks; 12 frames of 1560 keys are 293 tiles of 64."""
     assert kv_splits(444, 293, 132) == 2  # 888 blocks are 6.7 waves of 7: 96 % busy, 444 are 3.4 of 4: 84 %
+    assert kv_splits(444, 147, 132, keys=128) == 2
+    assert kv_splits(444, 12, 132, keys=1600) == 2  # whole pages of 25 tiles
+    assert kv_splits(13 * 12, 12, 132, keys=1600) == 4  # 1560 queries
 
 
 @pytest.mark.parametrize(("blocks", "tiles", "places"), [(132, 300, 132), (264, 300, 132), (10000, 300, 132)])
@@ -114,10 +119,10 @@ def test_few_blocks_are_split_to_fill_the_device() -> None:
     assert kv_splits(1, 3, 132) <= 3
 
 
-@given(st.integers(0, 5000), st.integers(0, 400), st.integers(1, 300))
-def test_splits_are_the_cheapest_and_never_more_than_tiles(blocks: int, tiles: int, places: int) -> None:
-    chosen = kv_splits(blocks, tiles, places)
+@given(st.integers(0, 5000), st.integers(0, 400), st.integers(1, 300), st.sampled_from([16, 64, 128, 1600]))
+def test_splits_are_the_cheapest_and_never_more_than_tiles(blocks: int, tiles: int, places: int, keys: int) -> None:
+    chosen = kv_splits(blocks, tiles, places, keys)
     assert 1 <= chosen <= max(1, tiles)
-    costs = [estimate(parts, blocks, tiles, places) for parts in range(1, max(1, min(tiles, 64)) + 1)]
+    costs = [estimate(parts, blocks, tiles, places, keys) for parts in range(1, max(1, min(tiles, 64)) + 1)]
     assert costs[chosen - 1] == pytest.approx(min(costs))
     assert all(cost > costs[chosen - 1] for cost in itertools.islice(costs, chosen - 1))

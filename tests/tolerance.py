@@ -30,8 +30,9 @@ def assert_close_enough(
     got, other, want = (x[~special].double() for x in (out, plain, exact))
     rounding = (want.to(out.dtype).double() - want).abs().max()
     error, allowed = (got - want).abs().max(), 2 * (other - want).abs().max() + 2 * rounding
-    # Plain PyTorch may by chance be exact on a handful of numbers: then one rounding of the largest result is allowed.
-    allowed = torch.maximum(allowed, 2 * torch.finfo(out.dtype).eps * want.abs().max())
+    # Plain PyTorch may by chance be all but exact on a handful of numbers: then a few roundings of the largest result
+    # are allowed, because an exponent of size x is off by x / 2 of them before anything is summed.
+    allowed = torch.maximum(allowed, 4 * torch.finfo(out.dtype).eps * want.abs().max())
     assert error <= allowed, f"largest error {error:.3e}, allowed {allowed:.3e}"
     if rms is not None and want.square().mean() > 0:
         relative = ((got - want).square().mean() / want.square().mean()).sqrt()

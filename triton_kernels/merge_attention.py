@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .configs import config
+from .dtypes import refuse_float64
 from .launch import device_of, launch
 
 
@@ -76,12 +77,8 @@ def merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tenso
     Raises:
         TypeError: a tensor is float64.
     """
-    for name, x in (("outs", outs), ("lses", lses)):
-        if x.dtype == torch.float64:
-            allowed = "float32, float16 or bfloat16" if name == "outs" else "float32"
-            raise TypeError(
-                f"engine 'triton' takes {name} in {allowed}, got torch.float64; engines that take it: dense, reference"
-            )
+    refuse_float64("outs", outs)
+    refuse_float64("lses", lses, "float32")
     return merge_parts(outs, lses, outs.dtype, True)
 
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from .configs import config
+from .dtypes import refuse_float64
 from .launch import device_of, launch
 from .rotation import dequantise, load_turn, rotate
-from .write_frames import refuse_float64
 
 PLAIN, INT8, FP8 = 0, 1, 2  # how a page is stored
 _STORED = {torch.int8: INT8, torch.float8_e4m3fn: FP8}
@@ -112,7 +112,7 @@ def place_frames(
     Temporal channels turn to the new position (RoFormer, arXiv 2104.09864) in float32, rounded once. At position 0,
     and in all other channels, a plain page is copied bit for bit.
     """
-    refuse_float64(pool_layer)
+    refuse_float64("pool_layer", pool_layer)
     if k_pages is None:
         k_pages, v_pages = pool_layer[0], pool_layer[1]
     samples, placed = slots.shape

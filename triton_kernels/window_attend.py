@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
 from . import window_plan
+from .configs import Config
 from .kv_splits import kv_splits
 from .launch import device_of, launch
 from .merge_attention import merge_parts
@@ -225,13 +226,14 @@ def attend(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     splits: int | None = None,
+    row: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to a compact table of slots ``pages``, or to a run when that is None.
 
     Args:
         most: slots in the run, where ``counts`` is None; else no count is greater.
         counts: ``(B,)`` int64, entries in use of each sample's table, or slots of its run.
-        splits: ranges of keys; chosen by `kv_splits.kv_splits` when None.
+        splits, row: ranges of keys and configuration; chosen by `kv_splits.kv_splits` and from the table when None.
     """
     window_plan.check_dtype(q)
     device = device_of(q)
@@ -242,18 +244,17 @@ def attend(
     joined = pages is None and not quantised and window_plan.is_joined(pool_layer)
     form = ("int8 " if quantised else "") + ("turned" if turned else "run" if joined else "pages")
     how = window_plan.reading(device, pool_layer, q.dtype)
-    row = window_plan.row_of(device, q.dtype, head_dim, form, how)
+    row = row or window_plan.row_of(device, q.dtype, head_dim, form, how)
     block_m, block_n, wide = row.constants["BLOCK_M"], row.constants["BLOCK_N"], window_plan.block_d(head_dim)
     planes: Sequence[Any] = (pool_layer[0], pool_layer[1])
     if how == "descriptors":
         planes = window_plan.descriptors(pool_layer, joined, block_n, wide)
     tiles_m = triton.cdiv(length, block_m)
-    if splits is None:
-        tiles = (
-            triton.cdiv(most * tokens, block_n) if joined else most * (1 if turned else triton.cdiv(tokens, block_n))
-        )
+    if splits is None:  # at tiles of one stretch, or of pages, or at whole pages
+        in_page = triton.cdiv(tokens, block_n)
+        steps = triton.cdiv(most * tokens, block_n) if joined else most if turned else most * in_page
         places = device.multiprocessors * row.constants["RESIDENT"]
-        splits = kv_splits(tiles_m * heads * samples, tiles, places)
+        splits = kv_splits(tiles_m * heads * samples, steps, places, in_page * block_n if turned else block_n)
     dtype = q.dtype if splits == 1 else torch.float32
     parts = (splits,) if splits > 1 else ()
     out = torch.empty((*parts, samples, length, heads, head_dim), dtype=dtype, device=q.device)

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from .configs import Config, config, family
+from .dtypes import refuse_float64
 from .launch import INTERPRETED, Device
 
 # The tensor memory accelerator reads whole tiles from sm_90 on. On sm_120 it is slower than cp.async at these tile
@@ -20,11 +21,7 @@ def check_dtype(q: torch.Tensor) -> None:
         TypeError: float64.
         RuntimeError: bfloat16 in Triton's interpreter.
     """
-    if q.dtype == torch.float64:
-        raise TypeError(
-            "engine 'triton' takes float32, float16 or bfloat16 queries, got torch.float64; engines that take it: "
-            "dense, reference"
-        )
+    refuse_float64("q", q)
     if INTERPRETED and q.dtype == torch.bfloat16:
         raise RuntimeError(
             "engine 'triton' runs in Triton's interpreter here, whose matrix product is wrong in torch.bfloat16; use "

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 # Quantised values are scaled on the probabilities' side, where half precision would lose a small scale times a small
-# probability: a power of two of about int8's range keeps the products the size that dequantised values would have.
-SCALE_UP = tl.constexpr(128.0)
+# probability: half of int8's range keeps the products about the size of dequantised values, and never makes one
+# infinite whose page float16 could hold.
+SCALE_UP = tl.constexpr(64.0)
 
 
 @triton.jit

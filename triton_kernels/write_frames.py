@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .configs import config
+from .dtypes import refuse_float64
 from .launch import device_of, launch
 from .rotation import load_turn, rotate
 
@@ -152,7 +153,7 @@ def write_frames(
     Shapes and dtypes as in ``torch.ops.longlive.write_frames``. RMSNorm as in arXiv 1910.07467, rotation as in RoFormer
     (arXiv 2104.09864), both in float32 and rounded once.
     """
-    refuse_float64(q)
+    refuse_float64("q", q)
     samples, _, heads, head_dim = q.shape
     tokens, kv_heads = pool_layer.shape[3:5]
     device = device_of(q)
@@ -222,11 +223,3 @@ def _tile(heads: int, kv_heads: int, channels: int, itemsize: int, num_warps: in
             best = min(rows, key=lambda tile: (rows[tile], -tile))
             return num_warps, max(1, vectors // (best * channels)), best
         num_warps *= 2
-
-
-def refuse_float64(x: torch.Tensor) -> None:
-    if x.dtype == torch.float64:
-        raise TypeError(
-            f"engine 'triton' takes float32, float16 or bfloat16 queries, keys and values, got {x.dtype}; "
-            "engines that take it: dense, reference"
-        )
