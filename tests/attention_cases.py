@@ -112,7 +112,12 @@ def check(case: dict[str, Any], out: torch.Tensor, lse: torch.Tensor) -> None:
     """Holds a result against the oracle."""
     want, total = exact(case)
     assert out.dtype == case["q"].dtype and out.is_contiguous() and lse.dtype == torch.float32
-    assert_close_enough(out, plain(case), want)
+    values = case["pool_layer"][1].double()
+    if "v_scale" in case:
+        values = values * case["v_scale"].double()[..., None]
+    largest = values[values.isfinite()].abs().max().item() if values.numel() else 0.0
+    # float32 only: half precision's results are rounded to far less than what cancelling loses.
+    assert_close_enough(out, plain(case), want, largest=largest if out.dtype == torch.float32 else 0.0)
     # The log-sum-exp is float32 whatever the queries are; a turned query is rounded to their precision.
     rounded = "shifts" in case and case["q"].dtype != torch.float32
     torch.testing.assert_close(lse.double(), total, rtol=1e-5, atol=4e-3 if rounded else 2e-5)
