@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from .assignment import FRAME, POSITION, SOURCE, STAGED, advance_window, check_state, occupied_slots
-from .config import candidate_end, window_slot
+from .config import window_slot
 
 
 def retrieve_attend(
@@ -64,7 +65,7 @@ def retrieve_attend(
             index,
             index_ids,
             index_length,
-            start,
+            start_frame,
             window=window,
             sink=sink,
             top_k=top_k,
@@ -122,11 +123,11 @@ def _holds(state: torch.Tensor, block: range, slots: list[int]) -> bool:
 
 
 def choose_frames(
-    engine: ModuleType,
+    engine: Any,
     index: torch.Tensor,
     index_ids: torch.Tensor,
     index_length: torch.Tensor,
-    start: int,
+    start_frame: torch.Tensor,
     *,
     window: int,
     sink: int,
@@ -137,26 +138,28 @@ def choose_frames(
     min_score: float | None,
     diversity: float,
 ) -> torch.Tensor:
-    """Frames to retrieve for the block starting at ``start``, ``(B, K)`` int64, most similar first, -1 for none.
+    """Frames to retrieve for the block at ``start_frame``, ``(B, K)`` int64, most similar first, -1 for none.
 
-    The query is the embedding of frame ``start - 1``, found by its id. A sample without one (the first block, a
-    non-finite embedding) retrieves nothing.
+    The query is the embedding of the frame before the block, found by its id. A sample without one (the first block, a
+    non-finite embedding) retrieves nothing. What depends on a number stays on the device: the host waits for nothing
+    that ``engine.topk_retrieve`` does not wait for.
     """
-    samples, rows, _ = index.shape
-    end = candidate_end(start, window, sink)
-    if top_k == 0 or rows == 0 or end - recent_exclude <= sink:
-        return torch.full((samples, top_k), -1, dtype=torch.int64, device=index.device)
-    used = torch.arange(rows, device=index.device) < index_length
+    samples, rows, channels = index.shape
+    if top_k == 0 or rows == 0:
+        return index_ids.new_full((samples, top_k), -1)
+    start = start_frame.reshape(1)
+    used = torch.arange(rows, device=index.device) < index_length.reshape(1)
     newest = (index_ids == start - 1) & used  # (B, N), at most one row a sample
-    row = torch.arange(samples, device=index.device), newest.int().argmax(1)
-    found = index[row] if index_scale is None else index[row].float() * index_scale[row][:, None].float()
-    query = torch.where(newest.any(1, keepdim=True), found, torch.nan)
+    row = newest.int().argmax(1, keepdim=True)
+    query = index.gather(1, row[:, :, None].expand(-1, -1, channels))[:, 0]
+    if index_scale is not None:
+        query = query.float() * index_scale.gather(1, row).float()
     ids, _ = engine.topk_retrieve(
-        query,
+        query.masked_fill(~newest.any(1, keepdim=True), torch.nan),
         index,
         index_ids,
         index_length,
-        index_ids.new_tensor(end),
+        (start - window).clamp(min=0) + sink,  # config.candidate_end
         top_k,
         sink,
         recent_exclude,
@@ -170,7 +173,7 @@ def choose_frames(
 
 
 def place_window(
-    engine: ModuleType,
+    engine: Any,
     pool_layer: torch.Tensor,
     staging: torch.Tensor,
     window_state: torch.Tensor,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..chain import place_window
+from ..chain import choose_frames, place_window
 from .assign_window import assign_window
 from .place_frames import place_frames
 from .topk_retrieve import topk_retrieve
@@ -163,52 +163,3 @@ def run_chain(
         eps,
     )
     return steps.attend(rotated, pool_layer, plan.counts, count, window, scale, return_lse)
-
-
-def choose_frames(
-    steps: Steps,
-    index: torch.Tensor,
-    index_ids: torch.Tensor,
-    index_length: torch.Tensor,
-    start_frame: torch.Tensor,
-    *,
-    window: int,
-    sink: int,
-    top_k: int,
-    recent_exclude: int,
-    normalized: bool,
-    index_scale: torch.Tensor | None,
-    min_score: float | None,
-    diversity: float,
-) -> torch.Tensor:
-    """`chain.choose_frames` for a start that only the device knows: ``(B, K)`` int64, -1 for none.
-
-    The query is the embedding of the frame before the block, found by its id. Without one it is NaN, which chooses
-    nothing; so does a block before which nothing has left the window.
-    """
-    samples, rows, channels = index.shape
-    if top_k == 0 or rows == 0:
-        return index_ids.new_full((samples, top_k), -1)
-    start = start_frame.reshape(1)
-    used = torch.arange(rows, device=index.device) < index_length.reshape(1)
-    newest = (index_ids == start - 1) & used  # (B, N), at most one row a sample
-    row = newest.int().argmax(1, keepdim=True)
-    query = index.gather(1, row[:, :, None].expand(-1, -1, channels))[:, 0]
-    if index_scale is not None:
-        query = query.float() * index_scale.gather(1, row).float()
-    ids, _ = steps.topk_retrieve(
-        query.masked_fill(~newest.any(1, keepdim=True), torch.nan),
-        index,
-        index_ids,
-        index_length,
-        (start - window).clamp(min=0) + sink,  # config.candidate_end
-        top_k,
-        sink,
-        recent_exclude,
-        None,
-        normalized,
-        index_scale,
-        min_score,
-        diversity,
-    )
-    return ids
