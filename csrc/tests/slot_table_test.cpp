@@ -2,6 +2,8 @@
 // The checks work in release builds, too.
 #include "slot_table.h"
 
+#include "tests/test_case.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -31,47 +33,6 @@ void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
-
-struct Case {
-  const char* name;
-  void (*run)();
-};
-std::vector<Case>& cases() {
-  static std::vector<Case> all;
-  return all;
-}
-struct Register {
-  Register(const char* name, void (*run)()) { cases().push_back({name, run}); }
-};
-
-[[noreturn]] void fail(int line, const std::string& what) {
-  std::fprintf(stderr, "slot_table_test.cpp:%d: %s\n", line, what.c_str());
-  std::exit(1);
-}
-
-#define TEST_CASE(name)                        \
-  static void name();                          \
-  static const Register register_##name(#name, name); \
-  static void name()
-#define CHECK(condition) \
-  do {                   \
-    if (!(condition)) fail(__LINE__, "failed: " #condition); \
-  } while (false)
-// The call throws `type` with a message that contains `text`.
-#define CHECK_THROWS(type, text, call) check_throws<type>(__LINE__, #call, text, [&] { (void)(call); })
-
-template <typename Error>
-void check_throws(int line, const char* call, const std::string& text, const std::function<void()>& run) {
-  try {
-    run();
-  } catch (const Error& error) {
-    if (std::string(error.what()).find(text) == std::string::npos) {
-      fail(line, std::string(call) + ": the message lacks '" + text + "': " + error.what());
-    }
-    return;
-  }
-  fail(line, std::string(call) + " did not throw");
-}
 
 using Frames = std::vector<SlotTable::Frame>;
 
@@ -351,16 +312,4 @@ TEST_CASE(agrees_with_a_simple_model) {
       for (SlotTable::Frame f = 0; f < 10; ++f) CHECK(table.lookup(f) == (held.count(f) ? held[f].first : -1));
     }
   }
-}
-
-int main(int argc, char** argv) {
-  int ran = 0;
-  for (const Case& test : cases()) {
-    if (argc > 1 && std::strcmp(argv[1], test.name) != 0) continue;
-    test.run();
-    std::printf("%s: ok\n", test.name);
-    ++ran;
-  }
-  if (ran == 0) fail(__LINE__, "no such case");
-  return 0;
 }

@@ -1,0 +1,48 @@
+// Host memory for records: grown in slabs, page-locked where the device can, never beyond its limit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "bank/device.h"
+
+namespace longlive::bank {
+
+struct ArenaOptions {
+  std::int64_t record_bytes = 0;  // a multiple of kAlignment
+  std::int64_t limit_bytes = 0;   // of all slabs together
+  std::int64_t slab_bytes = 0;    // rounded down to whole records, at least one
+  bool lock = true;               // page-lock slabs
+  int touch_threads = 0;          // that touch a new slab's pages; 0: as many as there are cores, at most 8
+};
+
+struct ArenaStats {
+  std::int64_t capacity = 0;       // records that fit below the limit (fewer once the system refused memory)
+  std::int64_t used = 0;           // records given out
+  std::int64_t reserved_bytes = 0; // of slabs
+  std::int64_t locked_bytes = 0;
+  std::int64_t pageable_slabs = 0; // slabs that could not be locked
+  std::string pageable_reason;
+  std::string refusal;             // why the last slab was refused, "" when none was
+};
+
+// Not thread-safe: the bank serialises the calls. Records are aligned to kAlignment and lie in one slab each, so that no
+// copy spans two registrations. New memory is zero. Records are reused last in, first out.
+class HostArena {
+ public:
+  // Throws std::invalid_argument for sizes that are not allowed. No memory is taken before the first record.
+  HostArena(Device& device, const ArenaOptions& options);
+  ~HostArena();
+  HostArena(const HostArena&) = delete;
+  HostArena& operator=(const HostArena&) = delete;
+
+  // A record, or nullptr when the limit is reached or the system refuses another slab (capacity shrinks then to what is
+  // there, so that nobody waits for memory that does not come).
+  std::byte* allocate();
+  void free(std::byte* record);
+  const ArenaStats& stats() const;
+};
+
+}  // namespace longlive::bank

@@ -1,0 +1,21 @@
+// Threads that carry out disk jobs: reads before writes, each kind in the order submitted.
+#pragma once
+
+#include <functional>
+
+namespace longlive::bank {
+
+class IoPool {
+ public:
+  enum class Kind { kRead, kWrite };
+
+  explicit IoPool(int threads);  // 1 .. 64; throws std::invalid_argument
+  ~IoPool();                     // carries out what is queued, then joins
+  IoPool(const IoPool&) = delete;
+  IoPool& operator=(const IoPool&) = delete;
+
+  // `job` must not throw. Jobs may submit jobs.
+  void submit(Kind kind, std::function<void()> job);
+};
+
+}  // namespace longlive::bank
