@@ -71,3 +71,26 @@ def dequantise(b_x, b_scale, FP8: tl.constexpr):
     """A tile of an int8 page, or of the bytes of an fp8 one, times its scales: float32."""
     b_value = decode_e4m3(b_x) if FP8 else b_x.to(tl.float32)
     return b_value * b_scale.to(tl.float32)
+
+
+@triton.jit
+def round_to_int(b_x):
+    """float32 of magnitude below 2**22 as the nearest int32, ties to even.
+
+    1.5 * 2**23 has an ulp of 1: adding it rounds, and leaves the integer in the low bits.
+    """
+    return (b_x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def encode_e4m3(b_x):
+    """float32 of magnitude up to 448 as bytes of float8 e4m3fn in int32, rounded to nearest, ties to even.
+
+    The inverse of `decode_e4m3`, by shifts for the same reason. From 2**-6 on 20 bits of the mantissa are rounded off,
+    a carry going to the exponent, whose bias changes by 120; below, the code is the number of steps of 2**-9.
+    """
+    b_bits = b_x.to(tl.int32, bitcast=True)
+    b_size = b_bits & 0x7FFFFFFF
+    b_normal = ((b_size + 0x7FFFF + ((b_size >> 20) & 1)) >> 20) - (120 << 3)
+    b_small = round_to_int(tl.abs(b_x) * 512.0)
+    return tl.where(b_size < 0x3C800000, b_small, b_normal) | ((b_bits >> 24) & 0x80)
