@@ -15,6 +15,8 @@ memory and stay compact: slots ``0 .. count-1`` are occupied, the others empty.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .config import local_frames, memory_position, temporal_position, window_slot
@@ -31,7 +33,7 @@ def empty_window_state(samples: int, window: int, device: torch.device | str = "
 def advance_window(
     state: torch.Tensor,
     chosen: torch.Tensor,
-    frame_slot: torch.Tensor,
+    frame_slot: torch.Tensor | Callable[[int], int],
     start_frame: int,
     frames: int,
     *,
@@ -48,7 +50,8 @@ def advance_window(
     Args:
         state: ``(B, 4, W)`` int64, the previous block's state; not changed.
         chosen: ``(B, K)`` int64, chosen frames, most similar first; -1 where there is none.
-        frame_slot: ``(B, F)`` int64, pool slot of each frame's canonical page; -1 where it has none.
+        frame_slot: ``(B, F)`` int64, pool slot of each frame's canonical page; -1 where it has none. Or a function of
+            the frame alone.
         start_frame: first frame of the block.
         frames: frames in the block, ``n``.
         staging_rows: rows of the staging buffer; frame ``f`` is staged in row ``f % staging_rows``.
@@ -73,9 +76,10 @@ def advance_window(
         )
         for frame in fixed
     ]
-    previous, wanted, slots = state.tolist(), chosen.tolist(), frame_slot.tolist()
+    previous, wanted = state.tolist(), chosen.tolist()
+    page_slots = [frame_slot] * len(previous) if callable(frame_slot) else [_lookup(row) for row in frame_slot.tolist()]
     result = [[[-1] * window for _ in range(STATE_ROWS)] for _ in previous]
-    for old, new, ranked, pages in zip(previous, result, wanted, slots, strict=True):
+    for old, new, ranked, page_slot in zip(previous, result, wanted, page_slots, strict=True):
         for frame, slot, position in plan:
             new[FRAME][slot], new[POSITION][slot] = frame, position
             if frame >= start_frame:
@@ -92,10 +96,31 @@ def advance_window(
             slot = window - top_k + offset
             new[FRAME][slot], new[POSITION][slot] = frame, memory_position(frame, position_rule)
             if arrives:
-                new[SOURCE][slot] = pages[frame] if frame < len(pages) else -1
+                new[SOURCE][slot] = page_slot(frame)
                 if new[SOURCE][slot] < 0:
                     raise RuntimeError(f"frame_slot must give a page for the retrieved frame {frame}, got none")
     return torch.tensor(result, dtype=torch.int64, device=state.device)
+
+
+def memory_arrivals(state: torch.Tensor, chosen: torch.Tensor) -> set[int]:
+    """Frames whose canonical page some sample must place when `advance_window` goes from ``state`` to ``chosen``.
+
+    Args:
+        state: ``(B, 4, W)`` int64, the previous block's state.
+        chosen: ``(B, K)`` int64; -1 where there is none.
+    """
+    window, top_k = state.shape[2], chosen.shape[1]
+    memory = state[:, FRAME, window - top_k :].tolist()
+    return {
+        frame
+        for old, ranked in zip(memory, chosen.tolist(), strict=True)
+        for frame, arrives in _assign_memory(old, [frame for frame in ranked if frame >= 0])
+        if arrives
+    }
+
+
+def _lookup(slots: list[int]) -> Callable[[int], int]:
+    return lambda frame: slots[frame] if frame < len(slots) else -1
 
 
 def _assign_memory(old: list[int], chosen: list[int]) -> list[tuple[int, bool]]:

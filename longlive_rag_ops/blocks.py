@@ -6,31 +6,62 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .assignment import FRAME, SOURCE, STAGED
 from .config import check_int
 
 
 @dataclass
 class Block:
-    """The block being generated: its frames, the window state it attends with, the layers that have attended.
+    """The block being generated: its frames, the window it attends with, the layers that have attended.
 
     Attributes:
         start, frames: its first frame and how many there are.
-        state: ``(B, 4, W)`` window state, see `assignment`.
+        plan: ``(B, 4, W)`` window state on the host, see `assignment`.
+        state: what the ops take of it, on the device.
+        stored: ``(B, W)`` on the device, where each window slot's canonical page is stored, -1 for nothing to place;
+            None when the pool holds these pages and ``state`` says where.
         start_frame: ``start`` as an int64 tensor ``(1,)`` on the device.
         count: occupied window slots; None where samples differ.
+        placements: pages that each layer places.
         layers: layers that have attended.
         placed: those among them whose pages are known to be in place.
+        embeddings: ``(B, n, E)``, once they were given before the block is finished.
         remembered: its pages and embeddings are in the history; only the choice for the next block is missing.
     """
 
     start: int
     frames: int
+    plan: torch.Tensor
     state: torch.Tensor
+    stored: torch.Tensor | None
     start_frame: torch.Tensor
     count: int | None
+    placements: int
     layers: set[int] = field(default_factory=set)
     placed: set[int] = field(default_factory=set)
+    embeddings: torch.Tensor | None = None
     remembered: bool = False
+
+    @classmethod
+    def planned(cls, start: int, frames: int, plan: torch.Tensor, device: torch.device, in_pool: bool) -> Block:
+        """A block with the window of ``plan``, which is the only thing sent to the device."""
+        source, staged = plan[:, SOURCE], plan[:, STAGED]
+        counts = set((plan[:, FRAME] >= 0).sum(1).tolist())
+        state, stored = plan, None
+        if not in_pool and bool((source >= 0).any()):
+            stored = source.to(device)
+            state = plan.clone()
+            state[:, SOURCE] = -1
+        return cls(
+            start,
+            frames,
+            plan,
+            state.to(device),
+            stored,
+            torch.tensor([start], device=device),
+            counts.pop() if len(counts) == 1 else None,
+            int(((source >= 0) | (staged >= 0)).sum()),
+        )
 
     @property
     def end(self) -> int:

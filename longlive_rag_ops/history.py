@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .config import WindowConfig, candidate_end, check_int, window_slot
@@ -10,12 +13,16 @@ from .modes import normal_tensors
 from .pool import HistoryPool
 
 
+def least_history(config: WindowConfig, batch: int) -> int:
+    """Frames that a bounded history must hold: those too new to be retrieved, the next block, what is chosen."""
+    return config.local + config.top_k + config.recent_exclude + config.frames_per_block + batch * config.top_k
+
+
 def check_history_slots(history_slots: int | None, config: WindowConfig, batch: int) -> None:
     """Raises `ValueError` when a bounded history could not hold what one block needs at once."""
     if history_slots is None or config.top_k == 0:
         return
-    # Frames too new to be retrieved, the next block, and what each sample has chosen.
-    least = config.window - config.sink + config.recent_exclude + config.frames_per_block + batch * config.top_k
+    least = least_history(config, batch)
     if check_int("history_slots", history_slots, 1) < least:
         raise ValueError(
             f"history_slots must be at least {least} (window - sink + recent_exclude + frames_per_block + batch * "
@@ -24,39 +31,47 @@ def check_history_slots(history_slots: int | None, config: WindowConfig, batch: 
 
 
 class FrameHistory:
-    """Pages and embeddings of finished frames, and the choice of those to retrieve.
-
-    Frames that are chosen, and frames too new to be retrieved yet, are pinned: a bounded history never gives them up.
-
-    Args:
-        config: sizes of the window.
-        pool: where pages live; shared with the window.
-        engine: that searches the index.
+    """What the window asks of a history, in the order in which it asks. Here is the choice, in subclasses the rest.
 
     Attributes:
-        index: embeddings; None before the first block is finished.
-        chosen: ``(B, K)`` int64, frames chosen for the next block, most similar first, -1 for none.
-        scores: ``(B, K)``, their cosines.
+        chosen: ``(B, K)`` int64 on the host, frames chosen for the next block, most similar first, -1 for none.
+        scores: ``(B, K)`` on the host, their cosines.
         forgotten: frames given up so far.
         non_finite: embeddings with NaN or infinity so far.
     """
 
-    def __init__(self, config: WindowConfig, pool: HistoryPool, engine: str) -> None:
+    forgotten: int
+    non_finite: int
+
+    def __init__(self, config: WindowConfig, samples: int, engine: str) -> None:
         self.config = config
-        self.pool = pool
+        self.samples = samples
         self.engine = engine
-        self.clear()
 
     @normal_tensors
     def clear(self) -> None:
         """Forgets every frame."""
-        self.pool.clear()
-        shape, device = (self.pool.pages.shape[2], self.config.top_k), self.pool.pages.device
-        self.index: FrameIndex | None = None
-        self.chosen = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self.scores = torch.full(shape, -torch.inf, device=device)
+        self.chosen = torch.full((self.samples, self.config.top_k), -1, dtype=torch.int64)
+        self.scores = torch.full((self.samples, self.config.top_k), -torch.inf)
         self.forgotten = self.non_finite = 0
-        self._pinned: set[int] = set()
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """``(layers, 2, B, slots, T, Hkv, D)``, the window's slots first; may be another tensor after `add`."""
+        raise NotImplementedError
+
+    @property
+    def in_pool(self) -> bool:
+        """Whether slots given by `slot` are slots of `pages`."""
+        return True
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """Size of an embedding; None before the first."""
+        raise NotImplementedError
+
+    def search(self, start: int, newest: torch.Tensor) -> None:
+        """Begins to search for the block at ``start`` by the embedding ``(B, E)`` of the frame before it."""
 
     def add(self, start: int, embeddings: torch.Tensor, staging: torch.Tensor) -> None:
         """Adds a finished block: canonical keys from ``staging``, values from its window slots.
@@ -69,51 +84,161 @@ class FrameHistory:
         Raises:
             RuntimeError: the history is full; nothing has changed then.
         """
+        raise NotImplementedError
+
+    def choose(self, start: int, state: torch.Tensor) -> None:
+        """Chooses for the block at ``start``; ``state`` ``(B, 4, W)`` on the host is the finished block's."""
+        raise NotImplementedError
+
+    def settle(self, state: torch.Tensor) -> None:
+        """Leaves frames out of the choice whose pages cannot be had, before a block follows on ``state``."""
+
+    def wait(self, layer: int) -> None:
+        """Makes the current stream wait until a layer's window slots may be written and its history slots read."""
+
+    def slot(self, frame: int) -> int:
+        """Device slot of a frame's canonical page, -1 for none."""
+        raise NotImplementedError
+
+    def stored_pages(self, layer: int) -> dict[str, torch.Tensor]:
+        """Keyword arguments of ``place_frames`` for a layer's pages: none when they are in the pool."""
+        return {}
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def held(self) -> dict[str, int]:
+        """Bytes held, by what they are for."""
+        raise NotImplementedError
+
+
+def search_options(config: WindowConfig, engine: str) -> dict[str, Any]:
+    """Keyword arguments of a search."""
+    return {
+        "first_frame": config.sink,
+        "recent_exclude": config.recent_exclude,
+        "min_score": config.min_score,
+        "diversity": config.diversity,
+        "engine": engine,
+    }
+
+
+def block_pages(
+    frames: range, staging: torch.Tensor, pages: torch.Tensor, config: WindowConfig
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where the canonical keys and the values of a block's frames lie: views ``(layers, B, T, Hkv, D)``.
+
+    Args:
+        frames: of the block.
+        staging: ``(layers, B, R, T, Hkv, D)``.
+        pages: ``(layers, 2, B, slots, T, Hkv, D)``, the window's slots first.
+    """
+    return [
+        (staging[:, :, frame % staging.shape[2]], pages[:, 1, :, window_slot(frame, config.sink, config.local)])
+        for frame in frames
+    ]
+
+
+class ResidentHistory(FrameHistory):
+    """All pages in the window's own pool.
+
+    Frames that are chosen, and frames too new to be retrieved yet, are pinned: a bounded history never gives them up.
+
+    Args:
+        config: sizes of the window.
+        pool: where pages live; shared with the window.
+        engine: that searches the index.
+    """
+
+    def __init__(self, config: WindowConfig, pool: HistoryPool, engine: str) -> None:
+        super().__init__(config, pool.pages.shape[2], engine)
+        self.pool = pool
+        self.clear()
+
+    def clear(self) -> None:
+        super().clear()
+        self.pool.clear()
+        self.index: FrameIndex | None = None
+        self._pinned: set[int] = set()
+
+    @property
+    def pages(self) -> torch.Tensor:
+        return self.pool.pages
+
+    @property
+    def embedding_dim(self) -> int | None:
+        return None if self.index is None else self.index.embedding_dim
+
+    def add(self, start: int, embeddings: torch.Tensor, staging: torch.Tensor) -> None:
         sink, end = self.config.sink, start + embeddings.shape[1]
         kept = range(max(sink, start), max(sink, end))  # sink frames are never retrieved
         forgotten = self.pool.reserve(kept)
         if self.index is None:
-            self.index = FrameIndex(embeddings.shape[0], embeddings.shape[2], embeddings.dtype, self.pool.pages.device)
+            self.index = FrameIndex(self.samples, embeddings.shape[2], embeddings.dtype, self.pool.pages.device)
         for frame in forgotten:
             self.index.remove(frame)
-        for frame in kept:
-            self.pool.commit(
-                frame, staging[:, :, frame % staging.shape[2]], window_slot(frame, sink, self.config.local)
-            )
+        for frame, (keys, values) in zip(kept, block_pages(kept, staging, self.pool.pages, self.config), strict=True):
+            self.pool.commit(frame, keys, values)
         self.forgotten += len(forgotten)
         self.non_finite += self.index.append(range(start, end), embeddings)
 
     @normal_tensors
-    def choose(self, start: int) -> None:
-        """Chooses for the block that starts at ``start``, by the embedding of frame ``start - 1``."""
-        config, index = self.config, self.index
+    def choose(self, start: int, state: torch.Tensor) -> None:
+        index = self.index
         if index is None:
             raise RuntimeError("choose must follow add, got an empty history")
-        end = candidate_end(start, config.window, config.sink)
-        self.chosen, self.scores = torch.ops.longlive.topk_retrieve(
+        end = candidate_end(start, self.config.window, self.config.sink)
+        chosen, scores = torch.ops.longlive.topk_retrieve(
             index.embedding(start - 1),
             index.embeddings,
             index.ids,
             index.length,
             index.length.new_tensor([end]),
-            config.top_k,
-            first_frame=config.sink,
-            recent_exclude=config.recent_exclude,
+            self.config.top_k,
             normalized=True,
-            min_score=config.min_score,
-            diversity=config.diversity,
-            engine=self.engine,
+            **search_options(self.config, self.engine),
         )
-        chosen = {frame for row in self.chosen.tolist() for frame in row if frame >= 0}
-        self._pin(chosen, range(max(config.sink, end - config.recent_exclude), start))
+        self.chosen, self.scores = chosen.cpu(), scores.cpu()
+        self._pin(chosen_frames(self.chosen), recent_frames(self.config, start))
+
+    def slot(self, frame: int) -> int:
+        return self.pool.table.lookup(frame)
+
+    def __len__(self) -> int:
+        return len(self.pool.table)
+
+    def held(self) -> dict[str, int]:
+        pool = self.pool
+        return {
+            "history": len(pool.table) * pool.page_bytes,
+            "history_reserved": pool.pages.nbytes - self.config.window * pool.page_bytes,
+            "index": 0 if self.index is None else self.index.nbytes,
+        }
 
     def _pin(self, chosen: set[int], recent: range) -> None:
         table = self.pool.table
-        wanted = chosen | set(recent)
-        for frame in sorted(wanted - self._pinned):
-            table.pin(frame)
-        for frame in sorted(self._pinned - wanted):
-            table.unpin(frame)
+        self._pinned = replace_pins(self._pinned, chosen | set(recent), table.pin, table.unpin)
         for frame in sorted(chosen):
             table.touch(frame)
-        self._pinned = wanted
+
+
+def chosen_frames(chosen: torch.Tensor) -> set[int]:
+    """The frames in a choice ``(B, K)``, -1 left out."""
+    return {frame for row in chosen.tolist() for frame in row if frame >= 0}
+
+
+def recent_frames(config: WindowConfig, start: int) -> range:
+    """Finished frames that are too new to be retrieved for a block at ``start``."""
+    end = candidate_end(start, config.window, config.sink)
+    return range(max(config.sink, end - config.recent_exclude), start)
+
+
+def replace_pins(
+    pinned: set[int], wanted: set[int], pin: Callable[[int], object], unpin: Callable[[int], object]
+) -> set[int]:
+    """Pins what is newly wanted, then unpins what no longer is; returns ``wanted``."""
+    for frame in sorted(wanted - pinned):
+        pin(frame)
+    for frame in sorted(pinned - wanted):
+        unpin(frame)
+    return wanted

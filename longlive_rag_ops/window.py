@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from .assignment import FRAME, SOURCE, STAGED, advance_window, empty_window_state
+from .assignment import FRAME, POSITION, advance_window, empty_window_state
 from .blocks import Block, BlockSequence
 from .config import WindowConfig, check_int
 from .engines import engine_name
-from .history import FrameHistory, check_history_slots
+from .history import FrameHistory, ResidentHistory, check_history_slots
 from .modes import normal_tensors
 from .ops.checks import FLOATS, check, check_rotary
 from .pool import HistoryPool
 from .rotary import check_split, default_split, rotary_table
 
+if TYPE_CHECKING:
+    from .bank import BankConfig, MemoryBank
+
 FIRST_POSITIONS = 1024  # rows of the rotary table before any frame asks for more
-
-
-def _plans(block: Block) -> torch.Tensor:
-    """Window slots in which the block's plan places a page, ``(B, W)`` bool."""
-    return (block.state[:, SOURCE] >= 0) | (block.state[:, STAGED] >= 0)
 
 
 class MemoryWindow:
@@ -43,9 +41,12 @@ class MemoryWindow:
         dtype: of queries, keys and values; float64, float32, float16 or bfloat16.
         device: where the pool lives.
         history_slots: most frames of history kept; None keeps all, doubling the pool when it is full, which for a
-            moment holds the old and the new one. Name a number where memory is short.
-        on_full: with ``history_slots``: ``error`` raises when they are used up, ``forget`` gives up the least
-            recently retrieved frame.
+            moment holds the old and the new one. Name a number where memory is short. With a bank: frames whose pages
+            the device holds beside the window, by default twice what one block can fetch.
+        on_full: with ``history_slots`` and no bank: ``error`` raises when they are used up, ``forget`` gives up the
+            least recently retrieved frame.
+        bank: limits of a memory bank that keeps the history in host memory and on disk; None keeps it in the pool.
+            Results are the same bit for bit, whatever the limits, as long as nothing is forgotten and storage is plain.
         rope: rotary table ``(P, head_dim // 2, 2)``; made by `rotary.rotary_table` when not given.
         rope_split: real channels of (time, height, width); `rotary.default_split` when not given.
         engine: ``auto`` or an engine's name, see `engines`; decided once, when the window is made.
@@ -68,6 +69,7 @@ class MemoryWindow:
         device: torch.device | str = "cpu",
         history_slots: int | None = None,
         on_full: str = "error",
+        bank: BankConfig | None = None,
         rope: torch.Tensor | None = None,
         rope_split: Sequence[int] | None = None,
         engine: str = "auto",
@@ -89,25 +91,32 @@ class MemoryWindow:
         if rope is None:
             rope = rotary_table(head_dim, FIRST_POSITIONS, split=self.rope_split, dtype=self._rope_dtype, device=device)
         self.rope = rope
-        check_history_slots(history_slots, config, batch)
-        self._pool = HistoryPool(
-            config.window,
-            layers=layers,
-            samples=batch,
-            tokens_per_frame=tokens_per_frame,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=device,
-            capacity=history_slots if config.top_k > 0 else 1,  # without retrieval no history is kept
-            on_full=on_full,
-        )
-        self.device = self._pool.pages.device  # with its number, which "cuda" alone does not say
-        check_rotary(self.rope, self.rope_split, head_dim, self._pool.pages)
+        shape = (layers, 2, batch, tokens_per_frame, kv_heads, head_dim)
+        self._history: FrameHistory
+        if bank is None:
+            check_history_slots(history_slots, config, batch)
+            # Without retrieval no history is kept.
+            pool = HistoryPool(
+                config.window,
+                shape,
+                dtype=dtype,
+                device=device,
+                capacity=history_slots if config.top_k > 0 else 1,
+                on_full=on_full,
+            )
+            self._history = ResidentHistory(config, pool, self.engine)
+        else:
+            if on_full != "error":
+                raise ValueError(f"on_full is for a window without a bank, whose policy says so; got {on_full!r}")
+            from .tiered_history import TieredHistory
+
+            self._history = TieredHistory(config, shape, dtype, device, bank, history_slots, self.engine)
+        self.device = self._history.pages.device  # with its number, which "cuda" alone does not say
+        check_rotary(self.rope, self.rope_split, head_dim, self._history.pages)
         self._staging = torch.zeros(
-            layers, batch, config.staging_rows, tokens_per_frame, kv_heads, head_dim, dtype=dtype, device=device
+            layers, batch, config.staging_rows, tokens_per_frame, kv_heads, head_dim, dtype=dtype, device=self.device
         )
-        self._history = FrameHistory(config, self._pool, self.engine)
+        self._window_slots = torch.arange(config.window, device=self.device).expand(batch, -1)
         # The frames are chosen in `finish`: the op needs no index, and empty ones never change their shape.
         self._no_search = {
             "index": torch.zeros(batch, 0, 1, device=self.device),
@@ -124,7 +133,7 @@ class MemoryWindow:
         self._history.clear()
         self._grid: list[int] | None = None  # of the video's first call
         self._blocks = BlockSequence(self.layers, self.config.frames_per_block)
-        self._last_state = empty_window_state(self.batch, self.config.window, self.device)
+        self._last_plan = empty_window_state(self.batch, self.config.window)
         self._counters = dict.fromkeys(
             (
                 "blocks",
@@ -245,34 +254,62 @@ class MemoryWindow:
         """
         grid = self._checked_grid(grid)
         block = self._block_at(start_frame, self.config.frames_per_block if frames is None else frames)
-        arguments = self._arguments(block, layer, grid, place=bool(_plans(block).any()) if place is None else place)
+        arguments = self._arguments(block, layer, grid, place=block.placements > 0 if place is None else place)
         self._begin(block, layer, grid)
         return arguments
+
+    def retrieve(self, start_frame: int, embeddings: torch.Tensor) -> None:
+        """Begins to search for the next block before the block's clean forward; optional.
+
+        With a bank, the choice then reaches the host while the clean forward is enqueued, and `finish` fetches ahead of
+        the device. Without one, this only hands over the embeddings.
+
+        Args:
+            start_frame, embeddings: as in `finish`, which then takes no embeddings.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as `finish`. The window is unchanged then.
+        """
+        block = self._blocks.finishable(start_frame)
+        if self.config.top_k == 0 or block.remembered:
+            return
+        embeddings = self._check_embeddings(embeddings, block)
+        began = time.perf_counter()
+        self._history.search(block.end, embeddings[:, -1])
+        block.embeddings = embeddings.clone()  # what the caller does with its tensor before `finish` is its business
+        self._seconds["retrieval"] += time.perf_counter() - began
 
     def finish(self, start_frame: int, embeddings: torch.Tensor | None = None) -> None:
         """Makes the block final: keeps its pages as history, indexes its embeddings, chooses for the next block.
 
         Args:
             start_frame: first frame of the block.
-            embeddings: ``(B, n, E)`` floating point, one a frame; not looked at when ``top_k`` is 0. An embedding with
-                NaN or infinity is counted; its frame is never chosen, and as the newest it retrieves nothing.
+            embeddings: ``(B, n, E)`` floating point, one a frame; not looked at when ``top_k`` is 0, and not to be
+                given when `retrieve` had them. An embedding with NaN or infinity is counted; its frame is never chosen,
+                and as the newest it retrieves nothing.
 
         Raises:
-            RuntimeError: no such block is open, a layer has not attended, or ``history_slots`` are used up.
+            RuntimeError: no such block is open, a layer has not attended, or the history is full.
             TypeError, ValueError: the embeddings are not allowed. The window is unchanged in these cases. Should the
                 search itself fail (out of memory, say), calling again goes on from there.
         """
         block = self._blocks.finishable(start_frame)
         began = time.perf_counter()
         if self.config.top_k > 0 and not block.remembered:
-            self._history.add(block.start, self._check_embeddings(embeddings, block), self._staging)
+            if block.embeddings is None:
+                checked = self._check_embeddings(embeddings, block)
+            elif embeddings is None:
+                checked = block.embeddings
+            else:
+                raise ValueError(f"embeddings must not be given again after retrieve({block.start}, ...)")
+            self._history.add(block.start, checked, self._staging)
             block.remembered = True
         committed = time.perf_counter()
         if self.config.top_k > 0:
-            self._history.choose(block.end)
+            self._history.choose(block.end, block.plan)
         self._counters["blocks"] += 1
         self._counters["frames"] += block.frames
-        self._last_state = block.state
+        self._last_plan = block.plan
         self._blocks.close(block)
         self._seconds["commit"] += committed - began
         self._seconds["retrieval"] += time.perf_counter() - committed
@@ -280,7 +317,12 @@ class MemoryWindow:
     @property
     def pool(self) -> torch.Tensor:
         """``(layers, 2, samples, slots, tokens_per_frame, kv_heads, head_dim)``: window slots first, then history."""
-        return self._pool.pages
+        return self._history.pages
+
+    @property
+    def bank(self) -> MemoryBank | None:
+        """The memory bank that keeps the history; None without one."""
+        return getattr(self._history, "bank", None)
 
     @property
     def selected(self) -> list[list[int]]:
@@ -298,12 +340,12 @@ class MemoryWindow:
     @property
     def window_frames(self) -> list[list[int]]:
         """For each sample, the frames in the window slots of the current (or last) block: sink, local, memory."""
-        state = self._last_state if self._blocks.open is None else self._blocks.open.state
-        return [[frame for frame in row if frame >= 0] for row in state[:, FRAME].tolist()]
+        plan = self._last_plan if self._blocks.open is None else self._blocks.open.plan
+        return [[frame for frame in row if frame >= 0] for row in plan[:, FRAME].tolist()]
 
     def history_slot(self, frame: int) -> int:
-        """Pool slot of a finished frame's canonical page; -1 when it has none (sink frames, forgotten frames)."""
-        return self._pool.table.lookup(check_int("frame", frame, 0))
+        """Slot of a finished frame's canonical page; -1 when the device has none (sink frames, forgotten frames)."""
+        return self._history.slot(check_int("frame", frame, 0))
 
     def stats(self) -> dict[str, Any]:
         """Counters since `reset`; ``bytes`` held by each part; host ``seconds`` spent in retrieval and commits.
@@ -311,25 +353,19 @@ class MemoryWindow:
         ``selected_frames`` counts retrieved frames over blocks and samples, ``repeated_frames`` those among them that
         the window already held, ``placed_pages`` the page copies into window slots of each layer.
         """
-        pool, page = self._pool, self._pool.page_bytes
-        held = {
-            "window": self.config.window * page,
-            "history": len(pool.table) * page,
-            "history_reserved": pool.pages.nbytes - self.config.window * page,
-            "staging": self._staging.nbytes,
-            "index": 0 if self._history.index is None else self._history.index.nbytes,
-        }
+        window = self._history.pages[:, :, :, : self.config.window]
         return {
             **self._counters,
             "non_finite_embeddings": self._history.non_finite,
             "forgotten_frames": self._history.forgotten,
-            "history_frames": len(pool.table),
-            "bytes": held,
+            "history_frames": len(self._history),
+            "bytes": {"window": window.numel() * window.element_size(), "staging": self._staging.nbytes}
+            | self._history.held(),
             "seconds": dict(self._seconds),
         }
 
     def _frames_of(self, q: torch.Tensor) -> int:
-        pages = self._pool.pages
+        pages = self._history.pages
         check("q", q, (self.batch, None, None, pages.shape[-1]), (pages.dtype,), pages)
         if q.shape[1] == 0 or q.shape[1] % self.tokens_per_frame:
             raise ValueError(
@@ -346,10 +382,11 @@ class MemoryWindow:
             return block
         began = time.perf_counter()
         config = self.config
-        state = advance_window(
-            self._last_state,
+        self._history.settle(self._last_plan)
+        plan = advance_window(
+            self._last_plan,
             self._history.chosen,
-            self._pool.frame_slot,
+            self._history.slot,
             start_frame,
             frames,
             sink=config.sink,
@@ -357,9 +394,7 @@ class MemoryWindow:
             staging_rows=config.staging_rows,
             position_rule=config.position_rule,
         )
-        counts = set((state[:, FRAME] >= 0).sum(1).tolist())
-        start = torch.tensor([start_frame], device=self.device)
-        block = Block(start_frame, frames, state, start, counts.pop() if len(counts) == 1 else None)
+        block = Block.planned(start_frame, frames, plan, self.device, in_pool=self._history.in_pool)
         self._seconds["retrieval"] += time.perf_counter() - began
         return block
 
@@ -367,22 +402,26 @@ class MemoryWindow:
         """Notes that a layer has attended (or is about to); the first one opens the block."""
         if self._blocks.open is None:
             chosen = self._history.chosen
-            memory = self._last_state[:, FRAME, self.config.window - self.config.top_k :]
+            memory = self._last_plan[:, FRAME, self.config.window - self.config.top_k :]
             repeated = (chosen[:, :, None] == memory[:, None, :]).any(-1) & (chosen >= 0)
             self._counters["selected_frames"] += int((chosen >= 0).sum())
             self._counters["repeated_frames"] += int(repeated.sum())
             self._blocks.open, self._grid = block, grid
         if layer not in block.layers:
-            self._counters["placed_pages"] += int(_plans(block).sum())
+            self._counters["placed_pages"] += block.placements
             block.layers.add(layer)
 
     def _arguments(self, block: Block, layer: int, grid: list[int], place: bool) -> dict[str, Any]:
         check_int("layer", layer, 0, self.layers - 1)
         absolute = self.config.position_rule == "absolute"
         self._extend_rope(max(*grid, block.end if absolute else self.config.window))
+        if layer not in block.layers:
+            self._history.wait(layer)
+        if place and block.stored is not None:
+            self._place_stored(block, layer)
         return {
             **self._no_search,
-            "pool_layer": self._pool.pages[layer],
+            "pool_layer": self._history.pages[layer],
             "staging": self._staging[layer],
             "window_state": block.state,
             "start_frame": block.start_frame,
@@ -397,6 +436,19 @@ class MemoryWindow:
             "position_rule": self.config.position_rule,
             "engine": self.engine,
         }
+
+    def _place_stored(self, block: Block, layer: int) -> None:
+        """Places pages that are not in the pool; the op places what is."""
+        torch.ops.longlive.place_frames(
+            self._history.pages[layer],
+            self._window_slots,
+            block.stored,
+            block.state[:, POSITION],
+            self.rope,
+            self.rope_split,
+            **self._history.stored_pages(layer),
+            engine=self.engine,
+        )
 
     def _checked_grid(self, grid: Sequence[int]) -> list[int]:
         if not isinstance(grid, Sequence) or len(grid) != 2 or any(not isinstance(size, int) for size in grid):
@@ -418,7 +470,7 @@ class MemoryWindow:
         if not isinstance(embeddings, torch.Tensor):
             raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
         size = None if self._history.index is None else self._history.index.embedding_dim
-        check("embeddings", embeddings, (self.batch, block.frames, size), FLOATS, self._pool.pages)
+        check("embeddings", embeddings, (self.batch, block.frames, size), FLOATS, self._history.pages)
         if embeddings.shape[2] < 1:
             raise ValueError(f"embeddings must have at least one channel, got shape {tuple(embeddings.shape)}")
         return embeddings.detach()

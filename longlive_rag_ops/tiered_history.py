@@ -1,0 +1,210 @@
+"""A history whose pages live in a memory bank: on the device as far as there are slots, in host memory, on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .assignment import memory_arrivals
+from .bank import BankConfig, MemoryBank
+from .bank.page_format import PageFormat
+from .config import WindowConfig, candidate_end, check_int
+from .history import (
+    FrameHistory,
+    block_pages,
+    chosen_frames,
+    least_history,
+    recent_frames,
+    replace_pins,
+    search_options,
+)
+from .modes import normal_tensors
+from .pool import empty_pages
+
+
+class _Search:
+    """A choice on its way to the host: awaited after the work that was enqueued behind it."""
+
+    def __init__(self, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        self._on_device = ids, scores
+        self._event = None
+        if ids.is_cuda:
+            self._on_host = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in self._on_device)
+            for host, device in zip(self._on_host, self._on_device, strict=True):
+                host.copy_(device, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and scores on the host."""
+        if self._event is None:
+            ids, scores = self._on_device
+        else:
+            self._event.synchronize()
+            ids, scores = self._on_host
+        return ids, scores
+
+
+class TieredHistory(FrameHistory):
+    """Pages in a `MemoryBank`. Only newcomers to the window are fetched; what a choice keeps stays where it is.
+
+    Args:
+        config: sizes of the window.
+        shape: ``(layers, 2, samples, tokens_per_frame, kv_heads, head_dim)``.
+        dtype, device: of the window.
+        bank: limits and storage of the bank.
+        device_slots: frames whose pages the device holds beside the window; None for twice what one block can fetch,
+            so that a fetch finds room while the last one is still being placed.
+        engine: that searches the index.
+
+    Raises:
+        ValueError: nothing is ever retrieved, or a limit is too small for one block and what must not be forgotten.
+    """
+
+    def __init__(
+        self,
+        config: WindowConfig,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        bank: BankConfig,
+        device_slots: int | None,
+        engine: str,
+    ) -> None:
+        if not isinstance(bank, BankConfig):
+            raise TypeError(f"bank must be a BankConfig or None, got {type(bank).__name__}")
+        if config.top_k == 0:
+            raise ValueError("bank keeps frames to retrieve: top_k must be at least 1 with one, got 0")
+        layers, _, samples, tokens, heads, head_dim = shape
+        super().__init__(config, samples, engine)
+        most_fetched = samples * config.top_k
+        slots = 2 * most_fetched if device_slots is None else check_int("history_slots", device_slots, most_fetched)
+        plain = bank.storage == "plain"
+        self._pages = empty_pages(shape, config.window + (slots if plain else 0), dtype, device)
+        self.bank = MemoryBank(
+            PageFormat(bank.storage, layers, samples, tokens, heads, head_dim, dtype),
+            bank,
+            slots=self._pages if plain else None,
+            first_slot=config.window if plain else 0,
+            device_slots=slots,
+            device=self._pages.device,
+            sink=config.sink,
+            frames_per_commit=config.frames_per_block,
+            most_fetched=most_fetched,
+        )
+        least, room = config.sink + least_history(config, samples), self.bank.room()
+        if room < least:
+            raise ValueError(
+                f"host_bytes and disk_bytes must hold at least {least} frames (window + recent_exclude + "
+                f"frames_per_block + batch * top_k) of {self.bank.format.record_bytes} bytes each, got room for {room}"
+            )
+        self.clear()
+
+    @property
+    def pages(self) -> torch.Tensor:
+        return self._pages
+
+    @property
+    def in_pool(self) -> bool:
+        return self.bank.format.storage == "plain"
+
+    def clear(self) -> None:
+        super().clear()
+        self.bank.clear()
+        self._search: tuple[int, _Search] | None = None
+        self._fetched: set[int] = set()
+        self._pinned: set[int] = set()
+
+    @property
+    def embedding_dim(self) -> int | None:
+        index = self.bank.index
+        return None if index is None else index.embedding_dim
+
+    @normal_tensors
+    def search(self, start: int, newest: torch.Tensor) -> None:
+        config = self.config
+        ids, scores = self.bank.search(
+            newest,
+            config.top_k,
+            end_frame=candidate_end(start, config.window, config.sink),
+            **search_options(config, self.engine),
+        )
+        self._search = start, _Search(ids, scores)
+
+    def add(self, start: int, embeddings: torch.Tensor, staging: torch.Tensor) -> None:
+        frames = range(start, start + embeddings.shape[1])
+        if self._search is None or self._search[0] != frames.stop:
+            self.search(frames.stop, embeddings[:, -1])
+        chosen, _ = self._result()
+        # What the next block needs must not be given up for this one's pages.
+        pinned, wanted = self._pinned, chosen_frames(chosen) | set(recent_frames(self.config, frames.stop))
+        self._pin({frame for frame in wanted if frame in self.bank})
+        try:
+            pages = block_pages(frames, staging, self.pages, self.config)
+            self.bank.commit(frames, [keys for keys, _ in pages], [values for _, values in pages], embeddings)
+        except BaseException:
+            self._pin(pinned)
+            raise
+        self._pin(wanted)
+
+    def choose(self, start: int, state: torch.Tensor) -> None:
+        self.chosen, self.scores = self._result()
+        self._search = None
+        self.release()
+        self._fetch(memory_arrivals(state, self.chosen))
+
+    def settle(self, state: torch.Tensor) -> None:
+        while lost := self.bank.settle():
+            self._fetched -= {frame for frame, _ in lost}
+            # A page that was committed anew meanwhile is there, the one that was fetched is not.
+            self._leave_out({frame for frame, reason in lost if reason != "replaced"})
+            # With fewer frames, one that the window kept may have to move, and is fetched for that.
+            self._fetch(memory_arrivals(state, self.chosen) - self._fetched)
+
+    def wait(self, layer: int) -> None:
+        self.bank.wait(layer)
+
+    def release(self) -> None:
+        """The fetched pages have been placed: their slots may be filled again."""
+        self.bank.release(sorted(self._fetched))
+        self._fetched = set()
+
+    def slot(self, frame: int) -> int:
+        return self.bank.slot(frame)
+
+    def stored_pages(self, layer: int) -> dict[str, torch.Tensor]:
+        return {} if self.in_pool else self.bank.format.views(self.bank.slots[layer])
+
+    def __len__(self) -> int:
+        return len(self.bank) - sum(frame in self.bank for frame in range(self.config.sink))
+
+    def held(self) -> dict[str, int]:
+        stats = self.bank.stats()
+        return {
+            "history": stats["device"]["bytes"],
+            "history_reserved": stats["device"]["reserved_bytes"],
+            "index": stats["index_bytes"],
+            "host": stats["host"]["reserved_bytes"],
+            "disk": stats["disk"]["reserved_bytes"],
+        }
+
+    def _result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._search is not None
+        return self._search[1].result()
+
+    def _fetch(self, frames: set[int]) -> None:
+        self.bank.prefetch(sorted(frames))
+        self._fetched |= frames
+
+    def _pin(self, frames: set[int]) -> None:
+        self._pinned = replace_pins(self._pinned, frames, self.bank.pin, self.bank.unpin)
+
+    def _leave_out(self, lost: set[int]) -> None:
+        """Takes frames out of the choice; those behind them move up."""
+        for sample, row in enumerate(self.chosen.tolist()):
+            kept = [rank for rank, frame in enumerate(row) if frame >= 0 and frame not in lost]
+            spare = len(row) - len(kept)
+            self.chosen[sample] = torch.tensor([row[rank] for rank in kept] + [-1] * spare)
+            scores = self.scores[sample, kept]
+            self.scores[sample] = torch.cat([scores, scores.new_full((spare,), -torch.inf)])
