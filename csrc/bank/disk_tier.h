@@ -13,7 +13,7 @@ namespace longlive::bank {
 // A read or write that did not go through; `code` is errno, 0 for an end of file where data should be.
 class IoError : public std::runtime_error {
  public:
-  IoError(const std::string& what, int code) : std::runtime_error(what), code(code) {}
+  IoError(const std::string& what, int error) : std::runtime_error(what), code(error) {}
   int code;
 };
 
@@ -70,6 +70,10 @@ class DiskTier {
   void read(Extent extent, std::int64_t offset, std::byte* to, std::int64_t bytes);
   void write(Extent extent, std::int64_t offset, const std::byte* from, std::int64_t bytes);
   DiskStats stats() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace longlive::bank

@@ -3,10 +3,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "bank/device.h"
+#include "bank/host_memory.h"
 
 namespace longlive::bank {
 
@@ -16,6 +19,7 @@ struct ArenaOptions {
   std::int64_t slab_bytes = 0;    // rounded down to whole records, at least one
   bool lock = true;               // page-lock slabs
   int touch_threads = 0;          // that touch a new slab's pages; 0: as many as there are cores, at most 8
+  std::function<HostMemory()> memory;  // what the system still has; null: host_memory()
 };
 
 struct ArenaStats {
@@ -43,6 +47,10 @@ class HostArena {
   std::byte* allocate();
   void free(std::byte* record);
   const ArenaStats& stats() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace longlive::bank

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 
 namespace longlive::bank {
 
@@ -16,6 +17,10 @@ class IoPool {
 
   // `job` must not throw. Jobs may submit jobs.
   void submit(Kind kind, std::function<void()> job);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace longlive::bank
