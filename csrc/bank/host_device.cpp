@@ -36,7 +36,7 @@ class HostDevice final : public Device {
 
  private:
   void move(const std::vector<Copy>& copies) {
-    const std::vector<Copy> runs = join_copies(copies, {}, true);
+    const std::vector<Copy> runs = join_copies(copies, nullptr, nullptr);
     for (const Copy& run : runs) {
       // Slots and the window's pool may be one tensor: a copy onto itself is allowed, memcpy would make it undefined.
       std::memmove(reinterpret_cast<void*>(run.to), reinterpret_cast<const void*>(run.from),
