@@ -189,9 +189,9 @@ def place_frames(
         for slot, page, position in zip(to, from_, at, strict=True):
             if slot < 0 or page < 0:
                 continue
-            pool_layer[0, b, slot] = turn_in_time(
-                _dequantise(keys[b, page], None if k_scale is None else k_scale[b, page]), rope, rope_split, position
-            )
+            key = _dequantise(keys[b, page], None if k_scale is None else k_scale[b, page])
+            # At position 0 a copy: a product with 1 and 0 would make 0 of -0 and NaN of infinity.
+            pool_layer[0, b, slot] = turn_in_time(key, rope, rope_split, position) if position else key
             if values is not None:
                 pool_layer[1, b, slot] = _dequantise(values[b, page], None if v_scale is None else v_scale[b, page])
 

@@ -136,7 +136,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "place_frames",
         cases.place(pages="int8") | {"v_scale": torch.full((2, 7, 6, 2), -torch.inf)},
         ValueError,
-        "v_scale must be finite, got -inf",
+        "v_scale must be finite or NaN, got -inf",
     ),
     ("retrieve_attend", {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     ("retrieve_attend", {"diversity": 2.0}, ValueError, "diversity must be at least 0 and less than 1, got 2.0"),

@@ -183,7 +183,7 @@ def _check_pages(
         raise ValueError(f"{which}_pages of dtype {pages.dtype} {need} {which}_scale")
     if scale is not None:
         check(f"{which}_scale", scale, pages.shape[:4], FLOATS, pool_layer)
-        check_finite(f"{which}_scale", scale)
+        check_finite(f"{which}_scale", scale, nan=True)  # how the bank stores a row that held NaN or infinity
 
 
 def _check_distinct(name: str, targets: list[int]) -> None:

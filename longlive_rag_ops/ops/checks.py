@@ -79,10 +79,13 @@ def check_values(name: str, x: torch.Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie between {low} and {high}, got {got}")
 
 
-def check_finite(name: str, x: torch.Tensor) -> None:
-    """Checks that factors are finite; on a CPU only."""
-    if has_readable_values(x) and not bool(x.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
+def check_finite(name: str, x: torch.Tensor, nan: bool = False) -> None:
+    """Checks that factors are finite, or with ``nan`` finite or NaN; on a CPU only."""
+    if not has_readable_values(x):
+        return
+    wrong = x.isinf() if nan else ~x.isfinite()
+    if bool(wrong.any()):
+        raise ValueError(f"{name} must be finite{' or NaN' if nan else ''}, got {x[wrong][0].item()}")
 
 
 def check_scale(scale: float | None) -> None:

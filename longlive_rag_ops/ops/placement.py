@@ -104,7 +104,8 @@ def place_frames(
         rope, rope_split: as in ``write_frames``.
         k_pages, v_pages: ``(B, P, T, Hkv, D)`` in the pool's dtype, int8 or float8_e4m3fn. Without ``k_pages`` pages
             come from the pool itself, keys and values; without ``v_pages`` only keys are placed.
-        k_scale, v_scale: ``(B, P, T, Hkv)``, factor of a quantised page per token and head.
+        k_scale, v_scale: ``(B, P, T, Hkv)``, factor of a quantised page per token and head. One of NaN makes its
+            token and head NaN; infinity is refused (on a CPU).
 
     Raises:
         TypeError: a dtype is not allowed.
