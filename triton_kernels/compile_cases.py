@@ -21,6 +21,7 @@ TOKENS = GRID[0] * GRID[1]
 BLOCK = 3  # frames
 HEADS, HEAD_DIM = 12, 128
 WINDOW, BANK, STAGING = 12, 64, 15  # slots of the window, pages of history, rows of the staging buffer
+LAYERS = 30
 POSITIONS = 1024  # rows of the rotary table
 BF16, FP16, FP32, INT8, FP8, INT64 = (
     *(torch.bfloat16, torch.float16, torch.float32),
@@ -101,6 +102,22 @@ def _place(pages: str = "pool", dtype: torch.dtype = BF16, head_dim: int = HEAD_
         }
 
     return Case("place_frames", _shape(dtype, HEADS, HEADS, head_dim, samples, f"from {pages}"), arguments)
+
+
+def _encode(pages: str, dtype: torch.dtype = BF16, head_dim: int = HEAD_DIM, padding: int = 1536) -> Case:
+    def arguments() -> Mapping[str, Any]:
+        frame = (LAYERS, 1, TOKENS, HEADS, head_dim)
+        stored = INT8 if pages == "int8" else FP8
+        return {
+            **{name: _meta(*frame, dtype=dtype) for name in ("keys", "values")},
+            **{f"{name}_pages": _meta(*frame, dtype=stored) for name in "kv"},
+            **{f"{name}_scale": _meta(*frame[:-1], dtype=FP16) for name in "kv"},
+            "padding": _meta(LAYERS, 1, padding, dtype=torch.uint8),
+            "top": 127 if pages == "int8" else 448,
+            "largest": 65504.0,
+        }
+
+    return Case("encode_pages", _shape(dtype, HEADS, HEADS, head_dim, 1, f"to {pages}"), arguments)
 
 
 TABLES = ("run", "pages", "turned", "int8 pages", "int8 turned")
@@ -265,6 +282,12 @@ CASES: tuple[Case, ...] = (
     _place("fp8"),
     _place("int8", head_dim=96),
     _place(dtype=FP32),
+    _encode("int8"),
+    _encode("fp8"),
+    _encode("int8", head_dim=96),
+    _encode("fp8", head_dim=64),
+    _encode("int8", FP32),
+    _encode("fp8", FP32),
     *(_attend(table, head_dim=head_dim) for table in TABLES for head_dim in (HEAD_DIM, 64, 96, 256)),
     *(_attend(table, FP32, head_dim) for table in TABLES for head_dim in (HEAD_DIM, 64, 256)),
     *(_attend(table, head_dim=head_dim, odd=True) for table in TABLES for head_dim in (HEAD_DIM, 64, 256)),

@@ -32,6 +32,16 @@ CONFIGS: tuple[Config, ...] = (
         "nine or more blocks with 8 KiB of loads each fit an SM. Twice the rows spill on sm_80 at head_dim 64.",
     ),
     Config(
+        "encode_pages",
+        EVERY,
+        "any",
+        {"BYTES": 4096},
+        num_warps=4,
+        reason="as place_frames: 16 rows of 128 channels in bfloat16, two 16-byte loads a thread for keys and as many "
+        "for values; 32 to 40 registers, no spill for any head_dim or kind of page tried, so that twelve blocks fit "
+        "an SM: enough loads in flight although those of values wait for the keys' stores.",
+    ),
+    Config(
         *("assign_window", (80, 89, 90, 100), "short", {}),
         num_warps=1,
         reason="one warp needs no barriers: 162 registers, no spill",

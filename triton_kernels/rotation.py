@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: rotation of interleaved channel pairs, and decoding of quantised pages.
+"""Device functions shared by the kernels: rotation of interleaved channel pairs, and the codes of quantised pages.
 
 Every kernel that turns a key turns it here. That makes a key placed when its block is written, and the same key
 placed later from its canonical page, equal to the last bit: `tl.fma` says where roundings are, so no compiler may
