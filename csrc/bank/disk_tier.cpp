@@ -18,10 +18,7 @@
 
 namespace longlive::bank {
 
-int FileOps::open_unnamed(const char* folder, int flags) {
-  // O_EXCL: nobody can give the file a name later.
-  const int fd = ::open(folder, O_TMPFILE | O_RDWR | O_EXCL | O_CLOEXEC | flags, 0600);
-  if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR)) return fd;
+int open_unlinked(const char* folder, int flags) {
   std::string name = std::string(folder) + "/.longlive-bank-XXXXXX";
   const int named = ::mkostemp(name.data(), O_CLOEXEC);
   if (named < 0) return -1;
@@ -34,6 +31,12 @@ int FileOps::open_unnamed(const char* folder, int flags) {
     return -1;
   }
   return named;
+}
+
+int FileOps::open_unnamed(const char* folder, int flags) {
+  // O_EXCL: nobody can give the file a name later.
+  const int fd = ::open(folder, O_TMPFILE | O_RDWR | O_EXCL | O_CLOEXEC | flags, 0600);
+  return fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR) ? fd : open_unlinked(folder, flags);
 }
 int FileOps::allocate(int fd, off_t offset, off_t bytes) { return ::posix_fallocate(fd, offset, bytes); }
 ssize_t FileOps::pread(int fd, void* to, std::size_t bytes, off_t offset) { return ::pread(fd, to, bytes, offset); }

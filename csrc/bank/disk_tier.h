@@ -17,11 +17,15 @@ class IoError : public std::runtime_error {
   int code;
 };
 
+// An empty file of a name that is removed at once, for file systems that make none without. A file descriptor, or -1
+// and errno. A process killed in between leaves the empty file.
+int open_unlinked(const char* folder, int flags);
+
 // The system calls the tier makes. Tests replace them.
 class FileOps {
  public:
   virtual ~FileOps() = default;
-  virtual int open_unnamed(const char* folder, int flags);  // O_TMPFILE, or a name that is unlinked at once
+  virtual int open_unnamed(const char* folder, int flags);  // O_TMPFILE, else open_unlinked; flags: O_DIRECT or 0
   virtual int allocate(int fd, off_t offset, off_t bytes);  // posix_fallocate: an errno
   virtual ssize_t pread(int fd, void* to, std::size_t bytes, off_t offset);
   virtual ssize_t pwrite(int fd, const void* from, std::size_t bytes, off_t offset);
