@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import torch
 
 from .config import check_int
 from .modes import normal_tensors
 from .reference import lse_dtype, unit_rows
+
+Rows = slice | list[int]
 
 
 class FrameIndex:
@@ -17,11 +20,15 @@ class FrameIndex:
     A frame whose embedding is not finite in a sample gets the id -1 there: it is never chosen in that sample. Rows of
     removed frames are used again. Row numbers carry no meaning; ids do.
 
+    It grows by doubling: over its life every row is copied less than twice on average, whatever the size of the
+    appends, and no more often once `reserve` has made room. The tensors are replaced when it grows.
+
     Args:
         samples: samples in the batch, ``B``.
         embedding_dim: size of an embedding, ``E``.
         dtype: of the stored rows; float32, or float64 when embeddings are float64.
         device: where the index is searched.
+        most: rows that will ever be needed at once, if that is known: it does not double beyond them.
 
     Attributes:
         embeddings: ``(B, N, E)``, rows of unit length; zero rows for zero embeddings.
@@ -29,12 +36,20 @@ class FrameIndex:
         length: ``(1,)`` int64 on the device, rows ever used.
     """
 
+    FIRST_ROWS = 64
+
     @normal_tensors
     def __init__(
-        self, samples: int, embedding_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        samples: int,
+        embedding_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        most: int | None = None,
     ) -> None:
         self.samples = check_int("samples", samples, 1)
         self.embedding_dim = check_int("embedding_dim", embedding_dim, 1)
+        self.most = None if most is None else check_int("most", most, 1)
         self.embeddings = torch.zeros(samples, 0, embedding_dim, dtype=lse_dtype(dtype), device=device)
         self.ids = torch.full((samples, 0), -1, dtype=torch.int64, device=device)
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
@@ -46,21 +61,54 @@ class FrameIndex:
         """Frames in the index."""
         return len(self._row)
 
+    def __contains__(self, frame: int) -> bool:
+        return frame in self._row
+
+    def frames(self) -> list[int]:
+        """The frames in the index, ascending."""
+        return sorted(self._row)
+
+    def row(self, frame: int) -> int:
+        """The frame's row. KeyError when it has none."""
+        return self._row[frame]
+
+    @property
+    def used(self) -> int:
+        """Rows ever used, as `length` has it on the device."""
+        return self._used
+
     @normal_tensors
-    def append(self, frames: range, embeddings: torch.Tensor) -> int:
+    def reserve(self, frames: Sequence[int]) -> None:
+        """Makes room for these frames, so that appending them takes no memory."""
+        rows = self._used + max(0, sum(frame not in self._row for frame in frames) - len(self._freed))
+        if rows > self.embeddings.shape[1]:
+            doubled = max(self.FIRST_ROWS, 2 * self.embeddings.shape[1])
+            self._grow(max(rows, doubled if self.most is None else min(doubled, self.most)))
+
+    def append(self, frames: Sequence[int], embeddings: torch.Tensor) -> int:
         """Adds frames (or replaces their embeddings, ``(B, n, E)``); returns how many embeddings were not finite."""
+        return int(self.put(frames, embeddings))
+
+    @normal_tensors
+    def put(self, frames: Sequence[int], embeddings: torch.Tensor, normalized: bool = False) -> torch.Tensor:
+        """As `append`, without waiting for the device: the count is a tensor there.
+
+        Args:
+            frames: frames, each once.
+            embeddings: ``(B, n, E)``.
+            normalized: the embeddings came from `embedding`: rows of unit length, or NaN, are stored as they are.
+        """
+        self.reserve(frames)
         rows = [self._row[frame] if frame in self._row else self._free_row() for frame in frames]
-        if self._used > self.embeddings.shape[1]:
-            self._grow(max(64, 2 * self._used))
         embeddings = embeddings.to(self.embeddings.dtype)  # what float32 cannot hold is infinite from here on
         finite = embeddings.isfinite().all(-1)  # (B, n)
-        units = unit_rows(embeddings)
-        self.embeddings[:, rows] = torch.where(finite[..., None], units, 0.0)
-        numbers = torch.arange(frames.start, frames.stop, device=self.ids.device)
-        self.ids[:, rows] = torch.where(finite, numbers, -1)
+        units = embeddings if normalized else unit_rows(embeddings)
+        at = _consecutive(rows)
+        self.embeddings[:, at] = torch.where(finite[..., None], units, 0.0)
+        self.ids[:, at] = torch.where(finite, _numbers(frames, self.ids.device), -1)
         self.length.fill_(self._used)
         self._row.update(zip(frames, rows, strict=True))
-        return int((~finite).sum())
+        return (~finite).sum()
 
     def embedding(self, frame: int) -> torch.Tensor:
         """Unit embedding of a frame, ``(B, E)``; NaN in samples where it was not finite."""
@@ -91,3 +139,18 @@ class FrameIndex:
             [self.embeddings, self.embeddings.new_zeros(self.samples, more, self.embedding_dim)], 1
         )
         self.ids = torch.cat([self.ids, self.ids.new_full((self.samples, more), -1)], 1)
+
+
+def _consecutive(numbers: list[int]) -> Rows:
+    """As a slice where it can be one: a list would be copied to the device, and the host would wait for that."""
+    if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return slice(numbers[0], numbers[0] + len(numbers))
+    return numbers
+
+
+def _numbers(frames: Sequence[int], device: torch.device) -> torch.Tensor:
+    """``(n,)`` int64."""
+    run = _consecutive(list(frames))
+    if isinstance(run, slice):
+        return torch.arange(run.start, run.stop, device=device)
+    return torch.tensor(run, dtype=torch.int64, device=device)

@@ -1,7 +1,8 @@
 """Schemas of the ops: the contract that every engine, the fake implementations and the callers share.
 
 ``Tensor(a!)`` marks what an op mutates; nothing else is written, and no output aliases an input. ``run`` and ``count``
-are symbolic, because they take a dozen values in a video and each would be compiled for by itself.
+are symbolic, because they take a dozen values in a video and each would be compiled for by itself; so are ``bank`` and
+``layer``, which a function that all layers share takes as arguments.
 """
 
 SCHEMAS = {
@@ -35,4 +36,5 @@ SCHEMAS = {
         "-> (Tensor, Tensor)"
     ),
     "merge_attention": "(Tensor outs, Tensor lses, *, str engine='auto') -> (Tensor, Tensor)",
+    "wait_pages": "(Tensor(a!) pool_layer, SymInt bank, SymInt layer) -> ()",
 }

@@ -1,0 +1,56 @@
+"""What went wrong without stopping the bank, said once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .config import BankConfig
+
+
+class FaultWatch:
+    """Warns, once for each kind of fault (once for each frame where a page was damaged), with RuntimeWarning.
+
+    Args:
+        name: of the bank, for the text.
+        config: what was asked for.
+        locks: whether host memory is expected to be page-locked.
+    """
+
+    def __init__(self, name: str, config: BankConfig, locks: bool) -> None:
+        self._name = name
+        self._config = config
+        self._locks = locks and config.lock_memory
+        self._said: set[str] = set()
+
+    def check(self, core: Mapping[str, Any]) -> None:
+        """Looks at the core's statistics."""
+        host, disk = core["host"], core["disk"]
+        if self._locks and host["pageable_slabs"]:
+            self._say(
+                "memory",
+                f"host memory could not be page-locked ({host['pageable_reason']}): copies are slower and hold up the "
+                "host; raise the limit of locked memory (ulimit -l), or pass lock_memory=False to leave it at that",
+            )
+        if host["refusal"]:
+            self._say("host", f"the system refused host memory below host_bytes: {host['refusal']}")
+        if self._config.direct_io and disk["buffered_shards"]:
+            self._say(
+                "direct",
+                f"{self._config.spill} takes no direct I/O ({disk['buffered_reason']}): pages on disk also fill the "
+                "system's cache; pass direct_io=False to leave it at that",
+            )
+        if disk["refusal"]:
+            self._say("full", f"no more room in {self._config.spill}: {disk['refusal']}; pages stay in host memory")
+        elif core["failed_spills"]:
+            self._say("spill", f"pages could not be written to {self._config.spill}; they stay in host memory")
+
+    def damaged(self, frame: int, reason: str) -> None:
+        """A frame was lost to a damaged page; ``reason`` names layer and sample."""
+        self._say(f"frame {frame}", f"frame {frame} is lost, {reason}; it will not be retrieved again", again=True)
+
+    def _say(self, kind: str, text: str, again: bool = False) -> None:
+        if again or kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)

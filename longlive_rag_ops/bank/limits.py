@@ -1,0 +1,50 @@
+"""Whether a bank's limits can hold what is asked of it, checked before any memory is taken."""
+
+from __future__ import annotations
+
+from .config import BankConfig, format_bytes
+from .page_format import PageFormat
+
+
+def bounce_records(config: BankConfig, most_fetched: int, slots: int) -> int:
+    """Frames for which host memory is kept on their way from disk to the device."""
+    return max(1, most_fetched) if config.disk_bytes and slots else 0
+
+
+def check_limits(
+    pages: PageFormat, config: BankConfig, *, slots: int, most_fetched: int, sink: int, frames_per_commit: int
+) -> None:
+    """Raises `ValueError` when a tier cannot hold one commit and one fetch, beside the frames that are never forgotten.
+
+    Args:
+        slots: device slots.
+        most_fetched, sink, frames_per_commit: as `MemoryBank` takes them.
+    """
+    record = pages.record_bytes
+    if slots < most_fetched:
+        raise ValueError(
+            f"device_slots (or slots) must hold at least {most_fetched} frames (most_fetched), which is "
+            f"{format_bytes(most_fetched * record)}; got {slots} slots, which is {format_bytes(slots * record)}"
+        )
+    host, disk = config.host_bytes // record, config.disk_bytes // record
+    kept = sink + frames_per_commit + most_fetched
+    kept_text = f"sink {sink} + frames_per_commit {frames_per_commit} + most_fetched {most_fetched}"
+    if not config.disk_bytes:
+        if host < kept:
+            raise _too_small("host_bytes", config.host_bytes, kept, record, kept_text)
+        return
+    bounce = bounce_records(config, most_fetched, slots)
+    if host < bounce + frames_per_commit:
+        text = f"frames_per_commit {frames_per_commit} + {bounce} on their way from disk to the device"
+        raise _too_small("host_bytes", config.host_bytes, bounce + frames_per_commit, record, text)
+    if host - bounce + disk < max(kept, 1) or disk < 1:
+        needed = max(kept - (host - bounce), 1)
+        text = f"{kept_text}, less the {host - bounce} that host_bytes hold" if needed > 1 else "one frame"
+        raise _too_small("disk_bytes", config.disk_bytes, needed, record, text)
+
+
+def _too_small(name: str, given: int, frames: int, record: int, what: str) -> ValueError:
+    return ValueError(
+        f"{name} must be at least {format_bytes(frames * record)}, {frames} frames of {record} bytes ({what}); got "
+        f"{format_bytes(given)}"
+    )
