@@ -1,4 +1,5 @@
-// The Python module longlive_rag_ops._C. pybind11 stays in this file; the typed face is longlive_rag_ops/slot_table.py.
+// The Python module longlive_rag_ops._C. pybind11 stays in the *bindings.cpp; the typed face of what is bound here is
+// longlive_rag_ops/slot_table.py.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -6,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "bank_bindings.h"
 #include "build_config.h"
+#include "python_ints.h"
 #include "slot_table.h"
 #if LONGLIVE_CUDA
 #include "cuda_info.h"
@@ -14,25 +17,9 @@
 
 namespace py = pybind11;
 using longlive::SlotTable;
+using longlive::to_int64;
 
 namespace {
-
-// Anything with __index__ (int, numpy integers, integer tensors of one element). Unlike pybind11's own conversion, an
-// error names the argument.
-std::int64_t to_int64(py::handle value, const char* name) {
-  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-  if (!number) {
-    PyErr_Clear();
-    throw py::type_error(std::string(name) + " must be an integer, got " + std::string(py::repr(value)) + " (" +
-                         std::string(py::str(py::type::handle_of(value).attr("__name__"))) + ")");
-  }
-  int overflow = 0;
-  const long long result = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
-  if (overflow != 0) {
-    throw std::invalid_argument(std::string(name) + " must fit into 64 bits, got " + std::string(py::repr(number)));
-  }
-  return result;
-}
 
 std::int64_t to_frame(py::handle value) { return to_int64(value, "frame"); }
 
@@ -127,4 +114,6 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("size", &SlotTable::size)
       .def_property_readonly("capacity", &SlotTable::capacity)
       .def_property_readonly("first", &SlotTable::first);
+
+  longlive::bind_bank(m);
 }

@@ -1,0 +1,128 @@
+#include "bank/device_slots.h"
+
+#include <algorithm>
+
+namespace longlive::bank {
+
+bool reached(Device& device, EventRef& point) noexcept {
+  if (!point) return true;
+  try {
+    if (!device.done(point)) return false;
+  } catch (...) {
+    return false;
+  }
+  point.reset();
+  return true;
+}
+
+void prune(Device& device, std::vector<StreamPoint>& points) noexcept {
+  points.erase(std::remove_if(points.begin(), points.end(), [&](StreamPoint& mark) { return reached(device, mark.point); }),
+               points.end());
+}
+
+DeviceSlots::DeviceSlots(const SlotGeometry& geometry) : geometry_(geometry) {
+  if (geometry.count == 0) return;
+  table_.emplace(geometry.count, geometry.first);
+  states_.resize(static_cast<std::size_t>(geometry.count));
+  // so that drop() cannot fail for want of memory
+  for (State& state : states_) state.marks.reserve(4);
+}
+
+bool DeviceSlots::fit(const std::vector<Frame>& frames) const {
+  std::vector<Frame> distinct(frames);
+  std::sort(distinct.begin(), distinct.end());
+  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+  std::int64_t absent = 0, kept = 0;
+  for (const Frame frame : distinct) {
+    if (lookup(frame) < 0) {
+      ++absent;
+    } else if (pins(frame) == 0) {
+      ++kept;
+    }
+  }
+  return absent <= capacity() - pinned_ - kept;
+}
+
+void DeviceSlots::pin(Frame frame, Stream stream) {
+  State& held = state(table_->lookup(frame));
+  if (std::find(held.readers.begin(), held.readers.end(), stream) == held.readers.end()) held.readers.push_back(stream);
+  if (table_->pin(frame) == 1) ++pinned_;
+}
+
+void DeviceSlots::expect_release(Frame frame) {
+  const Slot slot = lookup(frame);
+  if (slot >= 0) state(slot).released.reserve(state(slot).released.size() + 1);
+}
+
+void DeviceSlots::release(Frame frame, const StreamPoint& point) noexcept {
+  const Slot slot = lookup(frame);
+  if (slot < 0) return;
+  State& held = state(slot);
+  // A later point of a stream lies behind the earlier one.
+  const auto same = std::find_if(held.released.begin(), held.released.end(),
+                                 [&](const StreamPoint& mark) { return mark.stream == point.stream; });
+  if (same != held.released.end()) {
+    same->point = point.point;
+  } else {
+    held.released.push_back(point);
+  }
+  unpin(frame);
+}
+
+void DeviceSlots::unpin(Frame frame) noexcept {
+  if (table_->pins(frame) == 0 || table_->unpin(frame) > 0) return;
+  --pinned_;
+  state(table_->lookup(frame)).readers.clear();
+}
+
+void DeviceSlots::drop(Device& device, Frame frame) noexcept {
+  const Slot slot = lookup(frame);
+  if (slot < 0) return;
+  State& held = state(slot);
+  if (table_->pins(frame) > 0) {
+    --pinned_;
+    while (table_->pins(frame) > 0) table_->unpin(frame);
+    for (const Stream stream : held.readers) {
+      try {
+        held.released.push_back({stream, nullptr});
+        held.released.back().point = device.record(stream);
+      } catch (...) {
+        if (!held.released.empty() && !held.released.back().point) held.released.pop_back();
+        unmarked(slot, stream);
+      }
+    }
+  }
+  held.readers.clear();
+  table_->release(frame);
+}
+
+void DeviceSlots::unmarked(Slot slot, Stream stream) noexcept {
+  State& held = state(slot);
+  if (std::find(held.marks.begin(), held.marks.end(), stream) != held.marks.end()) return;
+  held.marks.push_back(stream);
+}
+
+void DeviceSlots::begin(Slot slot, const StreamPoint& point) {
+  state(slot).released.push_back(point);
+  state(slot).fresh = false;
+}
+
+void DeviceSlots::collect(Device& device, Slot slot, std::vector<EventRef>& points) {
+  State& held = state(slot);
+  while (!held.marks.empty()) {
+    const Stream stream = held.marks.back();
+    held.released.push_back({stream, nullptr});
+    try {
+      held.released.back().point = device.record(stream);
+    } catch (...) {
+      held.released.pop_back();
+      throw;
+    }
+    held.marks.pop_back();
+  }
+  prune(device, held.released);
+  for (const StreamPoint& mark : held.released) points.push_back(mark.point);
+  if (!reached(device, held.filled)) points.push_back(held.filled);
+}
+
+}  // namespace longlive::bank

@@ -1,0 +1,104 @@
+// Records of host memory that frames, and what is under way for them, hold.
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <vector>
+
+#include "bank/device.h"
+#include "bank/host_arena.h"
+
+namespace longlive::bank {
+
+struct Entry;
+
+// One point a layer, ascending; shared by the frames of a commit.
+using LayerPoints = std::shared_ptr<const std::vector<EventRef>>;
+
+struct Record {
+  std::byte* memory = nullptr;
+  Entry* owner = nullptr;  // the frame whose `host` this is
+  int users = 0;           // threads and jobs of the host that read or write it
+  LayerPoints written;     // copies from the device into it; null: done
+  EventRef fetched;        // the last copy from it to the device; earlier ones lie before
+  std::uint64_t used = 0;  // when its frame was used
+  enum class Place { kLoose, kOnly, kBoth } place = Place::kLoose;
+  std::list<Record>::iterator self;  // in the list of that place
+};
+
+// Not thread-safe: the bank serialises the calls.
+//
+// Every record that the arena gave out is in one of three lists: `only` (the frame is on disk nowhere else), `both` (it is on
+// disk, too, so that the record may be dropped), in order of use; `loose`: no frame's. A loose record without users is given
+// back as soon as the device is done with it.
+class HostRecords {
+ public:
+  using List = std::list<Record>;
+
+  HostRecords(Device& device, const ArenaOptions& options);
+
+  // Records that can be had now without waiting.
+  struct Choice {
+    std::vector<Record*> loose;  // without users
+    std::vector<Record*> drops;  // of `both`, least recently used first
+    std::int64_t fresh = 0;      // of the arena
+    std::int64_t size() const { return static_cast<std::int64_t>(loose.size() + drops.size()) + fresh; }
+  };
+  // At most `count`. `idle`: the host will write them, so that nothing may be under way in them; else copies of the device
+  // may be, and the next ones are put behind. `may_drop` says which frames may lose their record, and is asked for no more
+  // than are needed.
+  template <typename MayDrop>
+  Choice choose(std::int64_t count, bool idle, MayDrop may_drop) {
+    Choice choice;
+    choose_free(choice, count, idle);
+    for (Record& record : both) {
+      if (choice.size() >= count) break;
+      if (record.users == 0 && (!idle || quiet(record)) && may_drop(record)) choice.drops.push_back(&record);
+    }
+    return choice;
+  }
+  void choose_free(Choice& choice, std::int64_t count, bool idle);
+
+  // The chosen records, loose, each with one user: the caller. Calls lose(record) before a frame loses its record. Fewer
+  // than chosen when the system refuses memory. Throws std::bad_alloc; what was taken is loose without users then.
+  template <typename Lose>
+  std::vector<Record*> take(const Choice& choice, Lose lose) {
+    std::vector<Record*> taken;
+    taken.reserve(static_cast<std::size_t>(choice.size()));
+    take_fresh(choice.fresh, taken);
+    for (Record* record : choice.loose) taken.push_back(record);
+    for (Record* record : choice.drops) {
+      lose(*record);
+      move(*record, Record::Place::kLoose);
+      record->owner = nullptr;
+      taken.push_back(record);
+    }
+    for (Record* record : taken) ++record->users;
+    return taken;
+  }
+
+  // Moves a record to the end (most recently used) of a list.
+  void move(Record& record, Record::Place place) noexcept;
+  // To `both`, where its last use belongs.
+  void move_by_use(Record& record) noexcept;
+  void touch(Record& record) noexcept;
+
+  bool stored(Record& record) noexcept;                    // copies from the device into it are done
+  bool quiet(Record& record) noexcept;                     // stored, and read by no copy
+  void reap() noexcept;                                    // gives loose records back
+  std::int64_t free_count() const { return arena_.stats().capacity - arena_.stats().used; }
+  const ArenaStats& stats() const { return arena_.stats(); }
+
+  List only, both, loose;
+
+ private:
+  void take_fresh(std::int64_t count, std::vector<Record*>& taken);
+  List& list(Record::Place place);
+
+  Device& device_;
+  HostArena arena_;
+  std::uint64_t uses_ = 0;
+};
+
+}  // namespace longlive::bank
