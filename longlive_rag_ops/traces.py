@@ -6,22 +6,19 @@ one entry a block with ``start_frame`` and ``memory_frames`` (for each sample, m
 
 Tensors: ``blockBB.forwardF.q|k|v|out`` ``(batch, frames_per_block * tokens_per_frame, heads, head_dim)``, q, k, v
 before rotation; ``blockBB.embedding`` ``(batch, frames_per_block, embedding_dim)``.
-
-The format is read here, without the safetensors package, so that a trace can be replayed wherever torch is.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-MAX_HEADER = 100_000_000  # bytes; the limit of the format
+from .safetensors_file import read_safetensors
+
 CONFIG_SIZES = (
     "heads",
     "head_dim",
@@ -66,7 +63,7 @@ def load_trace(path: str | Path) -> Trace:
         ValueError: the file cannot be read, is truncated, or is no attention trace; the message says what is wrong.
     """
     path = Path(path)
-    metadata, tensors = read_safetensors(path)
+    metadata, tensors = read_safetensors(path, "trace")
     try:
         config, log = json.loads(metadata["config"]), json.loads(metadata["log"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -111,45 +108,3 @@ def _check_tensors(path: Path, config: dict[str, Any], log: list[Any], tensors: 
             raise ValueError(f"trace {path}: tensor {name} is missing")
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"trace {path}: tensor {name} must have shape {shape}, got {tuple(tensors[name].shape)}")
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of a safetensors file: 8 bytes header size, a JSON header, the data.
-
-    Raises:
-        ValueError: the file cannot be read, is truncated, or its header does not describe its data.
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"trace {path} cannot be read: {error.strerror or error}") from None
-    size = int.from_bytes(raw[:8], "little")
-    if len(raw) < 8 or size > min(MAX_HEADER, len(raw) - 8):
-        raise ValueError(f"trace {path} is truncated or no safetensors file: {len(raw)} bytes, header of {size}")
-    try:
-        header = json.loads(raw[8 : 8 + size])
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"trace {path} is no safetensors file: its header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"trace {path} is no safetensors file: its header is not an object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise ValueError(f"trace {path} is no safetensors file: __metadata__ must be an object, got {metadata!r}")
-    data = memoryview(bytearray(raw[8 + size :]))  # writable, as torch wants buffers to be
-    return metadata, {name: _tensor(path, name, entry, data) for name, entry in header.items()}
-
-
-def _tensor(path: Path, name: str, entry: Any, data: memoryview) -> torch.Tensor:
-    try:
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        fits = all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
-        fits = fits and begin <= end and end - begin == math.prod(shape) * dtype.itemsize
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"trace {path}: tensor {name} has no usable header entry, got {entry!r}") from None
-    if not fits:
-        raise ValueError(f"trace {path}: tensor {name} must have offsets that match its shape, got {entry!r}")
-    if end > len(data):
-        raise ValueError(f"trace {path} is truncated: tensor {name} ends at byte {end} of {len(data)}")
-    if begin == end:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data[begin:end], dtype=dtype).reshape(shape)
