@@ -6,8 +6,8 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -143,6 +143,9 @@ class MemoryBank:
             format, frames_per_commit, self.device, self._core, later=later, on_host=self.device.type == "cpu"
         )
         self._lock = threading.RLock()
+        # Held by what adds, replaces or forgets frames, taken before the lock: a save holds it for long, and searches
+        # and fetches go on.
+        self._changes = threading.RLock()
         self.handle = new_handle(self)
         self._catalogue = Catalogue(self.samples, config.policy, sink, self._core.room(), self.slots)
         self._lost: list[Lost] = []  # that settle() has not named yet
@@ -191,7 +194,7 @@ class MemoryBank:
                 memory meanwhile.
         """
         numbers = _frames(frames)
-        with self._turn(), self._range("commit"):
+        with self._changes, self._turn(), self._range("commit"):
             self._check_stream("commit")
             pages = self._pages_of(numbers, keys, values)
             if embeddings is not None:
@@ -232,7 +235,7 @@ class MemoryBank:
         ValueError when one is not there or is pinned, or fetched and not released; nothing is dropped then.
         """
         numbers = _frames(frames)
-        with self._turn():
+        with self._changes, self._turn():
             for frame in numbers:
                 if frame in self._catalogue.pins:
                     raise ValueError(f"frames must not name pinned frames, got {frame}")
@@ -243,7 +246,7 @@ class MemoryBank:
 
     def clear(self) -> None:
         """Drops every frame, embedding and pin, and what a prefetch has asked for; counters stay."""
-        with self._turn():
+        with self._changes, self._turn():
             self._core.clear()
             self._core.settle()
             self._catalogue.clear()
@@ -434,13 +437,22 @@ class MemoryBank:
                 raise KeyError(f"frame {frame} has no embedding in the bank")
             return self.index.embedding(frame)
 
-    def read(self, frame: int) -> torch.Tensor:
+    def read(self, frame: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """A frame's stored pages, ``(layers, samples, page_bytes)`` uint8 on the CPU, as ``format.decode`` takes them.
 
-        KeyError when it is not there; DamagedPage when a page is damaged, and then the frame is gone.
+        Args:
+            out: contiguous tensor to read into; a new one when not given.
+
+        Raises:
+            KeyError: the frame is not there.
+            DamagedPage: a page is damaged, and then the frame is gone.
         """
         self._check_open()
-        record = torch.empty(self.layers, self.samples, self.format.page_bytes, dtype=torch.uint8)
+        shape = (self.layers, self.samples, self.format.page_bytes)
+        record = torch.empty(shape, dtype=torch.uint8) if out is None else out
+        check("out", record, shape, (torch.uint8,), torch.empty(0))
+        if not record.is_contiguous():
+            raise ValueError(f"out must be contiguous, got strides {record.stride()}")
         try:
             with core_errors():
                 self._core.read(frame, record.data_ptr())
@@ -469,7 +481,7 @@ class MemoryBank:
         shape = (self.layers, self.samples, self.format.page_bytes)
         check("record", record, shape, (torch.uint8,), torch.empty(0))
         record = record.contiguous()
-        with self._turn():
+        with self._changes, self._turn():
             if embedding is not None:
                 self._catalogue.make_index([frame], embedding[:, None])
             with core_errors():
@@ -497,18 +509,70 @@ class MemoryBank:
                 counts=self._counts,
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves every frame, with its embedding and counters, to a folder, for `open`; see docs/bank.md."""
+    def save(self, path: str | os.PathLike[str]) -> list[tuple[int, str]]:
+        """Saves every frame with its generation and embedding, and how often it was retrieved, for `open`.
+
+        What is saved is the bank at one moment: until it is, commits and whatever else adds, replaces or forgets frames
+        wait, in other threads; searches and fetches do not. Frames go through one buffer, a frame's size. Whatever
+        happens, the folder holds what it held or what it is to hold; see docs/bank.md.
+
+        Args:
+            path: folder, made when it is not there; a bank that was saved there is replaced, also the one that this one
+                was opened from.
+
+        Returns:
+            Frames that were not saved because a page is damaged, with the reason; a warning names them too.
+
+        Raises:
+            OSError: it could not be written (no space, say). BlockingIOError: another save into the folder is under
+                way. FileExistsError: the folder's ``manifest.json`` is no saved bank's. The folder is as it was, except
+                that a failure of the very last step, making the new state durable, leaves that in place.
+            RuntimeError: the bank is closed.
+        """
         from .saved import save_bank
 
-        save_bank(self, path)
+        return save_bank(self, path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: BankConfig, **options: Any) -> MemoryBank:
-        """A bank with what `save` has put into a folder. ``options`` are the constructor's keyword arguments."""
+    def open(
+        cls, path: str | os.PathLike[str], config: BankConfig, *, format: PageFormat | None = None, **options: Any
+    ) -> MemoryBank:
+        """A bank with what `save` has put into a folder, which is not needed afterwards.
+
+        A frame with a page that is damaged or cannot be read is left out, with its embedding: a warning names it, layer
+        and sample, and `stats` counts it. When the saved bank has more frames than ``config`` has room for, its policy
+        chooses among all of them which to forget, sink frames excepted.
+
+        Args:
+            path: the folder.
+            config: limits and settings; its storage must be the saved bank's.
+            format: what the pages must be; None: whatever they are.
+            options: keyword arguments of the constructor; ``sink`` is the saved bank's when not given.
+
+        Raises:
+            SavedBankError: (a ValueError) there is no saved bank (`NoSavedBank`), a newer program saved it
+                (`NewerVersion`), or its manifest or index is damaged.
+            BankFull: there is no room, and the policy gives no frame up.
+            TypeError, ValueError: format or config do not fit the saved bank, or as for the constructor.
+            OSError: a file cannot be read.
+        """
         from .saved import open_bank
 
-        return open_bank(path, config, bank_type=cls, **options)
+        return open_bank(path, config, bank_type=cls, format=format, **options)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """While it lasts no other thread adds, replaces or forgets frames; only damaged ones may go."""
+        with self._changes:
+            self._check_open()
+            yield
+
+    def count_opened(self, forgotten: int, damaged_frames: int, damaged_pages: int) -> None:
+        """Counts what was left out of a saved bank when it was opened."""
+        with self._turn():
+            self._counts[self.config.policy] += forgotten
+            self._counts["damaged"] += damaged_frames
+            self._counts["damaged_pages"] += damaged_pages
 
     # Closing
 

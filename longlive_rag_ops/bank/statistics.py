@@ -18,7 +18,6 @@ COUNTERS = (
     "host_drops",
     "spilled",
     "failed_spills",
-    "damaged_pages",
     "replaced",
     "dropped_fetches",
 )
@@ -51,7 +50,8 @@ def bank_stats(
     - ``forgotten``: frames by what made them go: a policy's name, ``asked`` (`MemoryBank.forget`), ``damaged``;
       ``forgotten_frames``: all of these but the damaged ones.
     - ``replaced`` frames; ``dropped_fetches`` of pages that were replaced, forgotten or damaged meanwhile.
-    - ``damaged_pages``; ``failed_spills``: frames that could not be written to disk and stayed in host memory.
+    - ``damaged_pages``, those of the saved bank that this one was opened from included; ``failed_spills``: frames that
+      could not be written to disk and stayed in host memory.
     - ``fallbacks``: how often the slower way was taken: ``pageable_slabs`` of host memory, ``buffered_shards`` of disk,
       ``copy_loops`` instead of one call; ``reasons`` for those that were, and for memory or space that was refused.
     - ``copies`` as they were handed to the device, ``copy_batches`` of them in one call.
@@ -98,6 +98,7 @@ def bank_stats(
         **{f"hits_{tier}": core[f"hits_{tier}"] for tier in ("device", "host", "disk")},
         "misses": core["misses"],
         **{name: core[name] for name in COUNTERS},
+        "damaged_pages": core["damaged_pages"] + counts.get("damaged_pages", 0),
         "searches": counts.get("searches", 0),
         "non_finite_embeddings": int(catalogue.non_finite),
         "forgotten": forgotten,
