@@ -4,7 +4,8 @@
 
 namespace longlive::bank {
 
-std::vector<Copy> join_copies(const std::vector<Copy>& copies, const MayJoin& to_may_join, const MayJoin& from_may_join) {
+std::vector<Copy> join_copies(const std::vector<Copy>& copies, const MayJoin& to_may_join,
+                              const MayJoin& from_may_join) {
   std::vector<Copy> joined;
   joined.reserve(copies.size());
   for (const Copy& copy : copies) {

@@ -20,12 +20,12 @@ using driver::StreamHandle;
 
 StreamHandle handle_of(Stream stream) { return reinterpret_cast<StreamHandle>(stream); }
 
-// The primary context, which the framework uses too, and the events made in it. Owned by the device and by every event, for
-// events may outlive the device.
+// The primary context, which the framework uses too, and the events made in it. Owned by the device and by every event,
+// for events may outlive the device.
 class Context {
  public:
-  // Makes the context current in this thread while it lives, and lets calls pass that a CUDA graph's capture, in whatever
-  // thread, would otherwise forbid (and be invalidated by): none of them touches what is captured.
+  // Makes the context current in this thread while it lives, and lets calls pass that a CUDA graph's capture, in
+  // whatever thread, would otherwise forbid (and be invalidated by): none of them touches what is captured.
   class Scope {
    public:
     explicit Scope(const Context& context) : api_(*context.api_) {
@@ -56,7 +56,7 @@ class Context {
   Context(std::shared_ptr<const Api> api, int ordinal) : api_(std::move(api)) {
     const Result found = api_->device_get(&device_, ordinal);
     if (found != driver::kSuccess) {
-      throw std::runtime_error("cuDeviceGet failed for device " + std::to_string(ordinal) + ": " + api_->name_of(found));
+      throw std::runtime_error("ordinal " + std::to_string(ordinal) + ": cuDeviceGet failed: " + api_->name_of(found));
     }
     api_->check(api_->primary_retain(&handle_, device_), "cuDevicePrimaryCtxRetain");
   }
@@ -107,7 +107,8 @@ class Context {
 
 class CudaEvent final : public Event {
  public:
-  explicit CudaEvent(std::shared_ptr<Context> context) : context_(std::move(context)), handle_(context_->take_event()) {}
+  explicit CudaEvent(std::shared_ptr<Context> context)
+      : context_(std::move(context)), handle_(context_->take_event()) {}
   ~CudaEvent() override { context_->give_event(handle_); }
   CudaEvent(const CudaEvent&) = delete;
   CudaEvent& operator=(const CudaEvent&) = delete;
@@ -168,7 +169,8 @@ class CudaDevice final : public Device {
     const bool to_host = direction == Direction::kToHost;
     const StreamHandle stream = to_host ? to_host_ : to_device_;
     const MayJoin on_device = device_seams();
-    std::vector<Copy> runs = to_host ? join_copies(copies, nullptr, on_device) : join_copies(copies, on_device, nullptr);
+    std::vector<Copy> runs =
+        to_host ? join_copies(copies, nullptr, on_device) : join_copies(copies, on_device, nullptr);
     {
       const std::lock_guard<std::mutex> hold(lock_mutex_);
       if (!cuts_.empty()) runs = split_copies(runs, cuts_, to_host ? &Copy::to : &Copy::from);
@@ -190,7 +192,7 @@ class CudaDevice final : public Device {
   void copy_on(Stream stream, const std::vector<Copy>& copies) override {
     const Context::Entered scope(*context_);
     const MayJoin on_device = device_seams();
-    // One at a time: within a device the batch call is slower, and it takes neither stream 0 nor a stream being captured.
+    // One at a time: within a device the batch call is slower, and takes neither stream 0 nor a stream being captured.
     const std::vector<Copy> runs = join_copies(copies, on_device, on_device);
     for (const Copy& run : runs) {
       api_.check(api_.copy_in_device(run.to, run.from, static_cast<std::size_t>(run.bytes), handle_of(stream)),

@@ -85,8 +85,8 @@ struct Api {
   void check(Result result, const char* call) const;
 };
 
-// Loads `library`, or libcuda.so.1 when empty, for good, and starts the driver. Throws std::runtime_error that says why when
-// the library, a function other than copy_batch, or a GPU is missing.
+// Loads `library`, or libcuda.so.1 when empty, for good, and starts the driver. Throws std::runtime_error that says why
+// when the library, a function other than copy_batch, or a GPU is missing.
 std::shared_ptr<const Api> load(const std::string& library);
 
 }  // namespace longlive::bank::driver

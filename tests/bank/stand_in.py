@@ -12,14 +12,15 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "tests" / "fake_cuda"
 
 
 def stand_in(folder: Path) -> Path:
-    """Path of a ``libcuda.so.1`` in ``folder``, compiled there when it is not yet. Skips the test without a compiler."""
+    """Path of a ``libcuda.so.1`` in ``folder``, compiled once. Skips the test when there is no C++ compiler."""
     library = folder / "libcuda.so.1"
     if library.exists():
         return library
     if not SOURCES.is_dir():
         pytest.skip("the C++ sources are not here")
-    compiler = next((found for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if (found := which(name))), "")
-    if not compiler:
+    names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
         pytest.skip("no C++ compiler")
     folder.mkdir(parents=True, exist_ok=True)
     # Compiled beside and renamed: another worker may be looking for it.
@@ -31,14 +32,11 @@ def stand_in(folder: Path) -> Path:
     return library
 
 
-def which(command: str) -> str | None:
-    return shutil.which(command) if command else None
-
-
 class StandIn:
     """What a test does to the stand-in at ``path``: streams, kernels on them, the order of work, faults.
 
-    Addresses are ints (``tensor.data_ptr()``), sizes are bytes. Work is put off until something waits for it, or ``run``.
+    Addresses are ints (``tensor.data_ptr()``), sizes are bytes. Work is put off until something waits for it, or
+    ``run``.
     """
 
     def __init__(self, path: Path) -> None:
