@@ -97,16 +97,22 @@ TEST_CASE(destruction_carries_out_what_jobs_submit) {
   }
 }
 
-// The pool is being destroyed when the only job makes others: they still run.
+// The pool is being destroyed when the only job makes others: they still run, and on all threads, since each of them
+// returns only when all are there.
 TEST_CASE(a_job_submits_while_the_pool_is_destroyed) {
-  Gate gate;
+  Gate gate, all_there;
   std::atomic<int> ran{0};
   std::thread opener;
   {
     IoPool pool(4);
     pool.submit(Kind::kWrite, [&] {
       gate.pass();
-      for (int i = 0; i < 20; ++i) pool.submit(Kind::kWrite, [&] { ++ran; });
+      for (int i = 0; i < 4; ++i) {
+        pool.submit(Kind::kWrite, [&] {
+          if (++ran == 4) all_there.open();
+          all_there.pass();
+        });
+      }
     });
     opener = std::thread([&] {
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
@@ -114,7 +120,7 @@ TEST_CASE(a_job_submits_while_the_pool_is_destroyed) {
     });
   }
   opener.join();
-  CHECK(ran == 20);
+  CHECK(ran == 4);
 }
 
 TEST_CASE(as_many_jobs_at_once_as_threads) {
