@@ -126,7 +126,7 @@ class MemoryBank:
             slot_count=count,
             host_bytes=config.host_bytes,
             slab_bytes=config.slab_bytes,
-            lock=config.lock_memory,
+            lock=config.lock_memory and later,
             disk_bytes=config.disk_bytes,
             shard_bytes=config.shard_bytes,
             spill="" if config.spill is None else str(config.spill),
@@ -437,30 +437,35 @@ class MemoryBank:
                 raise KeyError(f"frame {frame} has no embedding in the bank")
             return self.index.embedding(frame)
 
-    def read(self, frame: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A frame's stored pages, ``(layers, samples, page_bytes)`` uint8 on the CPU, as ``format.decode`` takes them.
+    def read(self, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A frame's keys and values ``(layers, samples, T, H, D)`` in the compute dtype, on the CPU; see `record`."""
+        return self.format.decode(self.record(frame))
+
+    def record(self, frame: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A frame's stored pages ``(layers, samples, page_bytes)`` uint8 on the CPU, from host memory or disk.
 
         Args:
-            out: contiguous tensor to read into; a new one when not given.
+            frame: the frame.
+            out: where to write them, contiguous; by default a new tensor.
 
         Raises:
             KeyError: the frame is not there.
-            DamagedPage: a page is damaged, and then the frame is gone.
+            DamagedPage: a page is damaged. The frame is gone then, from the index too.
         """
         self._check_open()
-        shape = (self.layers, self.samples, self.format.page_bytes)
-        record = torch.empty(shape, dtype=torch.uint8) if out is None else out
-        check("out", record, shape, (torch.uint8,), torch.empty(0))
-        if not record.is_contiguous():
-            raise ValueError(f"out must be contiguous, got strides {record.stride()}")
+        if out is None:
+            out = torch.empty(self.layers, self.samples, self.format.page_bytes, dtype=torch.uint8)
+        self._check_record("out", out)
+        if not out.is_contiguous():
+            raise ValueError(f"out must be contiguous, got strides {out.stride()}")
         try:
             with core_errors():
-                self._core.read(frame, record.data_ptr())
+                self._core.read(frame, out.data_ptr())
         except DamagedPage as error:
             with self._turn():
-                self._lose(Lost(frame, str(error)))
+                self._lose(Lost(frame, str(error).partition(" is ")[2]))
             raise
-        return record
+        return out
 
     @normal_tensors
     def restore(
@@ -472,14 +477,13 @@ class MemoryBank:
         embedding: torch.Tensor | None = None,
         retrievals: int = 0,
     ) -> None:
-        """Stores a frame as `read`, `generation`, `embedding` and `retrievals` gave it, copied before the call returns.
+        """Stores a frame as `record`, `generation`, `embedding` and `retrievals` gave it, copied before the call returns.
 
         BankFull when there is no room (nothing is forgotten for it), ValueError when the frame is there.
         """
         check_int("frame", frame, 0, LARGEST_FRAME)
         check_int("generation", generation, 0)
-        shape = (self.layers, self.samples, self.format.page_bytes)
-        check("record", record, shape, (torch.uint8,), torch.empty(0))
+        self._check_record("record", record)
         record = record.contiguous()
         with self._changes, self._turn():
             if embedding is not None:
@@ -631,6 +635,10 @@ class MemoryBank:
         if generation < 0:
             return "missing"
         return "device" if slot >= 0 else "host" if host else "disk"
+
+    def _check_record(self, name: str, record: torch.Tensor) -> None:
+        shape = (self.layers, self.samples, self.format.page_bytes)
+        check(name, record, shape, (torch.uint8,), torch.empty(0))
 
     def _pages_of(self, frames: list[int], keys: Pages, values: Pages) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if not 1 <= len(frames) <= self.frames_per_commit:

@@ -29,7 +29,7 @@ def save_bank(bank: MemoryBank, path: str | os.PathLike[str]) -> list[tuple[int,
         left_out = write_saved(path, _contents(bank), bank.read)
     if left_out:
         named = "; ".join(f"frame {frame}: {reason}" for frame, reason in left_out[:NAMED])
-        warnings.warn(f"{len(left_out)} frames were not saved to {path}: {named}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"saved bank {path}: frames left out {len(left_out)}: {named}", RuntimeWarning, stacklevel=3)
     return left_out
 
 
@@ -72,7 +72,7 @@ def open_bank(
         pages = {page.frame: page for page in reversed(damaged)}  # the first of each frame
         named = "; ".join(f"frame {frame}, {page}" for frame, page in sorted(pages.items())[:NAMED])
         warnings.warn(
-            f"saved bank {path}: {len(pages)} frames are lost, {len(damaged)} pages are damaged: {named}",
+            f"saved bank {path}: damaged pages {len(damaged)}, frames lost {len(pages)}: {named}",
             RuntimeWarning,
             stacklevel=3,
         )
