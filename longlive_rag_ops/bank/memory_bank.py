@@ -477,9 +477,9 @@ class MemoryBank:
         embedding: torch.Tensor | None = None,
         retrievals: int = 0,
     ) -> None:
-        """Stores a frame as `record`, `generation`, `embedding` and `retrievals` gave it, copied before the call returns.
+        """Stores a frame as `record`, `generation`, `embedding` and `retrievals` gave it.
 
-        BankFull when there is no room (nothing is forgotten for it), ValueError when the frame is there.
+        The record is copied before the call returns. BankFull when there is no room (nothing is forgotten for it), ValueError when the frame is there.
         """
         check_int("frame", frame, 0, LARGEST_FRAME)
         check_int("generation", generation, 0)

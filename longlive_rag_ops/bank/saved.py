@@ -26,7 +26,7 @@ NAMED = 8  # frames that a warning names
 def save_bank(bank: MemoryBank, path: str | os.PathLike[str]) -> list[tuple[int, str]]:
     """What `MemoryBank.save` does; see there."""
     with bank.unchanged():
-        left_out = write_saved(path, _contents(bank), bank.read)
+        left_out = write_saved(path, _contents(bank), bank.record)
     if left_out:
         named = "; ".join(f"frame {frame}: {reason}" for frame, reason in left_out[:NAMED])
         warnings.warn(f"saved bank {path}: frames left out {len(left_out)}: {named}", RuntimeWarning, stacklevel=3)
