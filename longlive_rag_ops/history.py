@@ -36,12 +36,7 @@ class FrameHistory:
     Attributes:
         chosen: ``(B, K)`` int64 on the host, frames chosen for the next block, most similar first, -1 for none.
         scores: ``(B, K)`` on the host, their cosines.
-        forgotten: frames given up so far.
-        non_finite: embeddings with NaN or infinity so far.
     """
-
-    forgotten: int
-    non_finite: int
 
     def __init__(self, config: WindowConfig, samples: int, engine: str) -> None:
         self.config = config
@@ -53,7 +48,6 @@ class FrameHistory:
         """Forgets every frame."""
         self.chosen = torch.full((self.samples, self.config.top_k), -1, dtype=torch.int64)
         self.scores = torch.full((self.samples, self.config.top_k), -torch.inf)
-        self.forgotten = self.non_finite = 0
 
     @property
     def pages(self) -> torch.Tensor:
@@ -100,11 +94,19 @@ class FrameHistory:
         """Device slot of a frame's canonical page, -1 for none."""
         raise NotImplementedError
 
+    def page(self, frame: int) -> torch.Tensor:
+        """A frame's canonical keys and values ``(layers, 2, B, T, Hkv, D)``; KeyError when they are gone."""
+        raise NotImplementedError
+
     def stored_pages(self, layer: int) -> dict[str, torch.Tensor]:
         """Keyword arguments of ``place_frames`` for a layer's pages: none when they are in the pool."""
         return {}
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    def counts(self) -> dict[str, int]:
+        """``forgotten_frames`` and ``non_finite_embeddings`` since `clear`."""
         raise NotImplementedError
 
     def held(self) -> dict[str, int]:
@@ -159,6 +161,7 @@ class ResidentHistory(FrameHistory):
         super().clear()
         self.pool.clear()
         self.index: FrameIndex | None = None
+        self._forgotten = self._non_finite = 0
         self._pinned: set[int] = set()
 
     @property
@@ -179,8 +182,8 @@ class ResidentHistory(FrameHistory):
             self.index.remove(frame)
         for frame, (keys, values) in zip(kept, block_pages(kept, staging, self.pool.pages, self.config), strict=True):
             self.pool.commit(frame, keys, values)
-        self.forgotten += len(forgotten)
-        self.non_finite += self.index.append(range(start, end), embeddings)
+        self._forgotten += len(forgotten)
+        self._non_finite += self.index.append(range(start, end), embeddings)
 
     @normal_tensors
     def choose(self, start: int, state: torch.Tensor) -> None:
@@ -204,8 +207,17 @@ class ResidentHistory(FrameHistory):
     def slot(self, frame: int) -> int:
         return self.pool.table.lookup(frame)
 
+    def page(self, frame: int) -> torch.Tensor:
+        slot = self.slot(frame)
+        if slot < 0:
+            raise KeyError(f"frame {frame} has no page in the history")
+        return self.pool.pages[:, :, :, slot].clone()
+
     def __len__(self) -> int:
         return len(self.pool.table)
+
+    def counts(self) -> dict[str, int]:
+        return {"forgotten_frames": self._forgotten, "non_finite_embeddings": self._non_finite}
 
     def held(self) -> dict[str, int]:
         pool = self.pool

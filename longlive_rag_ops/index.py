@@ -154,3 +154,9 @@ def _numbers(frames: Sequence[int], device: torch.device) -> torch.Tensor:
     if isinstance(run, slice):
         return torch.arange(run.start, run.stop, device=device)
     return torch.tensor(run, dtype=torch.int64, device=device)
+
+
+def unit_query(embeddings: torch.Tensor) -> torch.Tensor:
+    """What `FrameIndex.embedding` would give for ``(B, E)`` embeddings once stored: unit rows, NaN if not finite."""
+    rows = embeddings.to(lse_dtype(embeddings.dtype))
+    return torch.where(rows.isfinite().all(-1, keepdim=True), unit_rows(rows), torch.nan)

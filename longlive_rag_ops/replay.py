@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .bank.config import BankConfig
 from .config import WindowConfig
 from .rotary import rotary_table
 from .traces import Trace
@@ -43,7 +44,9 @@ class BlockResult:
         return self.same_choice and self.error <= TOLERANCE
 
 
-def trace_window(trace: Trace, engine: str = "auto", device: str = "cpu") -> MemoryWindow:
+def trace_window(
+    trace: Trace, engine: str = "auto", device: str = "cpu", bank: BankConfig | None = None
+) -> MemoryWindow:
     """A window with the sizes of the trace's config, for its one layer."""
     sizes = trace.config
     config = WindowConfig(
@@ -74,12 +77,15 @@ def trace_window(trace: Trace, engine: str = "auto", device: str = "cpu") -> Mem
         rope=table,
         rope_split=split,
         engine=engine,
+        bank=bank,
     )
 
 
-def replay(trace: Trace, engine: str = "auto", device: str = "cpu") -> Iterator[BlockResult]:
+def replay(
+    trace: Trace, engine: str = "auto", device: str = "cpu", bank: BankConfig | None = None
+) -> Iterator[BlockResult]:
     """Runs the trace block by block through `MemoryWindow`, which calls ``torch.ops.longlive``."""
-    window = trace_window(trace, engine, device)
+    window = trace_window(trace, engine, device, bank)
     for block, entry in enumerate(trace.log):
         start, error = entry["start_frame"], 0.0
         for forward in range(trace.config["forwards_per_block"]):

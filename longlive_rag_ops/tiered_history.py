@@ -8,6 +8,7 @@ import torch
 
 from .assignment import memory_arrivals
 from .bank import BankConfig, MemoryBank
+from .bank.host_copy import HostCopy
 from .bank.page_format import PageFormat
 from .config import WindowConfig, candidate_end, check_int
 from .history import (
@@ -19,31 +20,9 @@ from .history import (
     replace_pins,
     search_options,
 )
+from .index import unit_query
 from .modes import normal_tensors
 from .pool import empty_pages
-
-
-class _Search:
-    """A choice on its way to the host: awaited after the work that was enqueued behind it."""
-
-    def __init__(self, ids: torch.Tensor, scores: torch.Tensor) -> None:
-        self._on_device = ids, scores
-        self._event = None
-        if ids.is_cuda:
-            self._on_host = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in self._on_device)
-            for host, device in zip(self._on_host, self._on_device, strict=True):
-                host.copy_(device, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and scores on the host."""
-        if self._event is None:
-            ids, scores = self._on_device
-        else:
-            self._event.synchronize()
-            ids, scores = self._on_host
-        return ids, scores
 
 
 class TieredHistory(FrameHistory):
@@ -112,7 +91,9 @@ class TieredHistory(FrameHistory):
     def clear(self) -> None:
         super().clear()
         self.bank.clear()
-        self._search: tuple[int, _Search] | None = None
+        counted = self.bank.stats()
+        self._before = {name: counted[name] for name in ("forgotten_frames", "non_finite_embeddings")}
+        self._search: tuple[int, HostCopy, HostCopy] | None = None
         self._fetched: set[int] = set()
         self._pinned: set[int] = set()
 
@@ -125,12 +106,12 @@ class TieredHistory(FrameHistory):
     def search(self, start: int, newest: torch.Tensor) -> None:
         config = self.config
         ids, scores = self.bank.search(
-            newest,
+            unit_query(newest),
             config.top_k,
             end_frame=candidate_end(start, config.window, config.sink),
             **search_options(config, self.engine),
         )
-        self._search = start, _Search(ids, scores)
+        self._search = start, HostCopy(ids), HostCopy(scores)
 
     def add(self, start: int, embeddings: torch.Tensor, staging: torch.Tensor) -> None:
         frames = range(start, start + embeddings.shape[1])
@@ -173,8 +154,15 @@ class TieredHistory(FrameHistory):
     def slot(self, frame: int) -> int:
         return self.bank.slot(frame)
 
+    def page(self, frame: int) -> torch.Tensor:
+        return torch.stack(self.bank.read(frame), 1).to(self._pages.device)
+
     def stored_pages(self, layer: int) -> dict[str, torch.Tensor]:
         return {} if self.in_pool else self.bank.format.views(self.bank.slots[layer])
+
+    def counts(self) -> dict[str, int]:
+        counted = self.bank.stats()
+        return {name: counted[name] - before for name, before in self._before.items()}
 
     def __len__(self) -> int:
         return len(self.bank) - sum(frame in self.bank for frame in range(self.config.sink))
@@ -185,13 +173,14 @@ class TieredHistory(FrameHistory):
             "history": stats["device"]["bytes"],
             "history_reserved": stats["device"]["reserved_bytes"],
             "index": stats["index_bytes"],
+            "quantising": stats["staging_bytes"],
             "host": stats["host"]["reserved_bytes"],
             "disk": stats["disk"]["reserved_bytes"],
         }
 
     def _result(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._search is not None
-        return self._search[1].result()
+        return self._search[1].get(), self._search[2].get()
 
     def _fetch(self, frames: set[int]) -> None:
         self.bank.prefetch(sorted(frames))

@@ -347,6 +347,19 @@ class MemoryWindow:
         """Slot of a finished frame's canonical page; -1 when the device has none (sink frames, forgotten frames)."""
         return self._history.slot(check_int("frame", frame, 0))
 
+    def history_page(self, frame: int) -> torch.Tensor:
+        """A copy of a finished frame's canonical keys and values, from whichever tier has them.
+
+        For looking at; attention does not use it, and with a bank it waits for memory or disk.
+
+        Returns:
+            ``(layers, 2, B, T, Hkv, D)``; with quantised storage, what the window would place.
+
+        Raises:
+            KeyError: the history does not have the frame. RuntimeError: its page on disk is damaged.
+        """
+        return self._history.page(check_int("frame", frame, 0))
+
     def stats(self) -> dict[str, Any]:
         """Counters since `reset`; ``bytes`` held by each part; host ``seconds`` spent in retrieval and commits.
 
@@ -356,8 +369,7 @@ class MemoryWindow:
         window = self._history.pages[:, :, :, : self.config.window]
         return {
             **self._counters,
-            "non_finite_embeddings": self._history.non_finite,
-            "forgotten_frames": self._history.forgotten,
+            **self._history.counts(),
             "history_frames": len(self._history),
             "bytes": {"window": window.numel() * window.element_size(), "staging": self._staging.nbytes}
             | self._history.held(),
@@ -469,8 +481,8 @@ class MemoryWindow:
             raise ValueError(f"embeddings must be given when top_k is {self.config.top_k}, got None")
         if not isinstance(embeddings, torch.Tensor):
             raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
-        size = None if self._history.index is None else self._history.index.embedding_dim
-        check("embeddings", embeddings, (self.batch, block.frames, size), FLOATS, self._history.pages)
+        shape = (self.batch, block.frames, self._history.embedding_dim)
+        check("embeddings", embeddings, shape, FLOATS, self._history.pages)
         if embeddings.shape[2] < 1:
             raise ValueError(f"embeddings must have at least one channel, got shape {tuple(embeddings.shape)}")
         return embeddings.detach()

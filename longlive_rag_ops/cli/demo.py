@@ -1,6 +1,10 @@
 """``longlive-rag demo``: a real video through the memory window, with a report and pictures."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..bank.config import BankConfig
 
 __all__ = ["add_parser", "run"]
 
@@ -30,6 +34,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="R",
         help="newest evicted frames left out (default %(default)s)",
     )
+    tiers = parser.add_argument_group("memory bank (without --host-bytes all history stays in one pool)")
+    tiers.add_argument("--host-bytes", metavar="SIZE", help="host memory for history, such as 64MiB")
+    tiers.add_argument("--spill", metavar="DIR", help="folder where frames go that host memory cannot hold")
+    tiers.add_argument("--disk-bytes", default="8GiB", metavar="SIZE", help="most to write there (default %(default)s)")
+    tiers.add_argument(
+        "--storage",
+        choices=("plain", "int8", "fp8"),
+        default="plain",
+        help="how pages are stored (default %(default)s)",
+    )
+    tiers.add_argument(
+        "--policy",
+        choices=("error", "oldest", "least_retrieved", "most_redundant"),
+        default="oldest",
+        help="what is forgotten when the bank is full (default %(default)s)",
+    )
     parser.add_argument("--blocks", type=int, default=0, metavar="N", help="stream at most N blocks of 3 latent frames")
     parser.add_argument(
         "--size", default="320x176", metavar="WxH", help="frame size, multiples of 16 (default %(default)s)"
@@ -40,6 +60,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
+
+
+def _bank(args: argparse.Namespace) -> "BankConfig | None":
+    from ..bank.config import BankConfig
+
+    if args.host_bytes is None:
+        if args.spill is not None:
+            raise ValueError(f"--spill: got {args.spill!r} without --host-bytes, which says how much is kept in memory")
+        return None
+    return BankConfig(
+        host_bytes=args.host_bytes,
+        disk_bytes=0 if args.spill is None else args.disk_bytes,
+        spill=args.spill,
+        storage=args.storage,
+        policy=args.policy,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         blocks=args.blocks,
         seed=args.seed,
         threads=args.threads,
+        bank=_bank(args),
     )
     shown = show(args.video, args.out, settings, progress=not args.quiet)
     print(summary_text(shown.report))

@@ -64,35 +64,43 @@ class Probe:
             queries: per layer (1, n * T, H, D), not rotated.
             start: the block's first frame.
         """
-        layers = [self._layer(layer, self.rotated(q, start), start) for layer, q in enumerate(queries)]
-        placed = torch.stack([placed for placed, _ in layers])
-        sliding = torch.stack([sliding for _, sliding in layers])
-        return Masses(placed.mean(0).numpy(), sliding.mean(0).numpy(), placed.numpy())
+        rotated = [self.rotated(q, start) for q in queries]
+        frames = rotated[0].shape[1] // (self.grid[0] * self.grid[1])
+        placed, sliding = [], []
+        for frame in range(start + frames):
+            here, there = self._frame(rotated, frame, start, frames)
+            placed.append(here)
+            sliding.append(there)
+        # (frames, layers, H, n * T) -> (layers, frames)
+        by_layer, slid = (self._shares(torch.stack(parts)) for parts in (placed, sliding))
+        return Masses(by_layer.mean(0).numpy(), slid.mean(0).numpy(), by_layer.numpy())
 
-    def _layer(self, layer: int, q: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(placed, sliding) shares of one layer, (frames,) float64 each; ``q`` is rotated."""
-        c, pool = self.config, self.window.pool[layer]
-        frames = q.shape[1] // pool.shape[3]
-        end = start + frames
-        held = {frame: slot for slot, frame in enumerate(self.window.window_frames[0])}
-        retrieved = set(self.window.selected[0])
-        parts = []
-        for frame in range(end):
-            in_place = frame in held and frame not in retrieved
-            slot = held[frame] if in_place else self.window.history_slot(frame)
-            parts.append(self._log_sum_exp(q, pool[:, :, slot : slot + 1]))
-        placed = torch.stack(parts)
+    def _frame(
+        self, queries: Sequence[torch.Tensor], frame: int, start: int, frames: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-sum-exp of one frame, (layers, H, n * T) float64: placed, and where a sliding window has it."""
+        c, window = self.config, self.window
+        held = window.window_frames[0]
+        if frame in held and frame not in window.selected[0]:
+            slot = held.index(frame)
+            placed = torch.stack(
+                [self._log_sum_exp(q, window.pool[layer][:, :, slot : slot + 1]) for layer, q in enumerate(queries)]
+            )
+            return placed, placed
+        page = window.history_page(frame)  # (layers, 2, 1, T, H, D)
+        placed = torch.stack([self._log_sum_exp(q, page[layer][:, :, None]) for layer, q in enumerate(queries)])
         # The frames that a sliding window of W frames would hold besides those held in place already.
-        for frame in range(max(c.sink, end - (c.window - c.sink)), start):
-            if frame in held and frame not in retrieved:
-                continue
-            slot, position = self.window.history_slot(frame), self._position(frame, start, frames)
-            page = torch.empty_like(pool[:, :, :1])
-            zero = torch.zeros(1, 1, dtype=torch.int64)
-            source = pool[:, :, slot : slot + 1]
-            reference.place_frames(page, zero, zero, zero + position, self.rope, self.split, source[0], source[1])
-            parts[frame] = self._log_sum_exp(q, page)
-        return self._shares(placed), self._shares(torch.stack(parts))
+        if not max(c.sink, start + frames - (c.window - c.sink)) <= frame < start:
+            return placed, placed
+        position = self._position(frame, start, frames)
+        zero = torch.zeros(1, 1, dtype=torch.int64)
+        parts = []
+        for layer, q in enumerate(queries):
+            turned = torch.empty_like(page[layer][:, :, None])
+            source = page[layer][:, :, None]
+            reference.place_frames(turned, zero, zero, zero + position, self.rope, self.split, source[0], source[1])
+            parts.append(self._log_sum_exp(q, turned))
+        return placed, torch.stack(parts)
 
     @staticmethod
     def _log_sum_exp(q: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
@@ -102,5 +110,5 @@ class Probe:
 
     @staticmethod
     def _shares(log_sum_exp: torch.Tensor) -> torch.Tensor:
-        """(frames, H, n * T) -> (frames,): softmax over frames, then the mean over heads and queries."""
-        return log_sum_exp.softmax(0).mean((1, 2))
+        """(frames, layers, H, n * T) -> (layers, frames): softmax over frames, then the mean over heads and queries."""
+        return log_sum_exp.softmax(0).mean((2, 3)).T

@@ -12,6 +12,8 @@
 ``embedding``    what retrieval searches
 ``model``        shapes, timesteps, and what each kind of weights is
 ``clips``        sample clips: package, licence of the package, what they show
+``bank``         null without one; ``limits``, ``statistics`` of each run (`MemoryBank.stats`), ``bit_for_bit``:
+                 ``blocks`` streamed in bfloat16, how many of them came out ``equal``, ``compared_with`` what
 ``runs``         one object per footage and kind of weights, below
 ``pictures``     file names, relative to the report
 ``seconds``      wall time of the whole demo
@@ -37,6 +39,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ from .measures import WindowRule, coverage, middle, return_shares, scene_shares,
 from .model import TIMESTEPS, ToyTransformer
 from .settings import DemoSettings
 from .stream import BlockRecord, Streamed
+from .tiers import TierCheck
 
 __all__ = ["build_report", "describe_device", "write_report"]
 
@@ -201,7 +205,19 @@ def _run(run: Streamed, rule: WindowRule) -> dict[str, Any]:
     }
 
 
-def build_report(runs: Sequence[Streamed], codec: Codec, settings: DemoSettings) -> dict[str, Any]:
+def _bank(runs: Sequence[Streamed], settings: DemoSettings, check: TierCheck | None) -> dict[str, Any] | None:
+    if settings.bank is None:
+        return None
+    return {
+        "limits": settings.bank.to_dict() | {"spill": settings.bank.spill is not None},  # a path is nobody's business
+        "statistics": {f"{run.footage.name}, {run.weights}": run.stats["bank"] for run in runs},
+        "bit_for_bit": None if check is None else asdict(check),
+    }
+
+
+def build_report(
+    runs: Sequence[Streamed], codec: Codec, settings: DemoSettings, check: TierCheck | None = None
+) -> dict[str, Any]:
     """The report without ``pictures`` and ``seconds``, which are known last; ``runs`` is not empty."""
     rule = WindowRule(settings.window, settings.sink, settings.top_k)
     footages = {run.footage.name: run.footage for run in runs}
@@ -241,6 +257,7 @@ def build_report(runs: Sequence[Streamed], codec: Codec, settings: DemoSettings)
             "weights": WEIGHTS,
         },
         "clips": list(clips.values()),
+        "bank": _bank(runs, settings, check),
         "runs": [_run(run, rule) for run in runs],
     }
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..bank.config import BankConfig
 from ..config import WindowConfig
 from .video import Size, check_size
 
@@ -27,7 +28,8 @@ class DemoSettings:
 
     ``blocks`` limits how much is streamed (0: all of a sample clip, at most ``OWN_VIDEO_BLOCKS`` of an own video).
     ``threads`` 0 leaves torch's own choice. The default is one: matrices are small here, and on a machine that is busy
-    with something else, threads that wait for each other make the demo several times slower.
+    with something else, threads that wait for each other make the demo several times slower. With ``bank`` the history
+    lives in a memory bank of these limits instead of the window's pool.
     """
 
     window: int = 12
@@ -38,6 +40,7 @@ class DemoSettings:
     blocks: int = 0
     seed: int = 0
     threads: int = 1
+    bank: BankConfig | None = None
 
     def __post_init__(self) -> None:
         check_size(self.size)

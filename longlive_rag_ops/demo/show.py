@@ -20,6 +20,7 @@ from .report import build_report, write_report
 from .settings import FRAMES_PER_BLOCK, DemoSettings
 from .similarity_map import draw_similarity_map
 from .stream import Streamed, stream
+from .tiers import check_tiers
 from .video import probe_video
 
 __all__ = ["Shown", "show"]
@@ -89,8 +90,13 @@ def show(video: str | Path | None, out: str | Path, settings: DemoSettings, *, p
                 blocks = footage.frames // FRAMES_PER_BLOCK
                 with bar(total=blocks, desc=f"{footage.name}, {weights}", unit="block", disable=not progress) as line:
                     runs.append(stream(footage, weights, settings, line.update))
+        check = None
+        if settings.bank is not None:
+            blocks = 2 * (footages[0].frames // FRAMES_PER_BLOCK)
+            with bar(total=blocks, desc="tiers, bit for bit", unit="block", disable=not progress) as line:
+                check = check_tiers(footages[0], settings, line.update)
         pictures = _draw(runs, folder, settings)
-        report = build_report(runs, codec, settings)
+        report = build_report(runs, codec, settings, check)
     finally:
         torch.set_num_threads(threads)
     report["pictures"] = [picture.name for picture in pictures]

@@ -82,6 +82,7 @@ def stream(
         head_dim=model.head_dim,
         dtype=torch.float32,
         device="cpu",
+        bank=settings.bank,
     )
     probe = Probe(window, config, model.head_dim, model.grid)
     noise = torch.Generator().manual_seed(settings.seed + 1)
@@ -91,7 +92,11 @@ def stream(
         records.append(record)
         embeddings.append(embedding)
         tick()
-    return Streamed(footage, weights, tuple(records), torch.cat(embeddings), window.stats())
+    stats = window.stats()
+    if window.bank is not None:
+        stats["bank"] = window.bank.stats()
+        window.bank.close()
+    return Streamed(footage, weights, tuple(records), torch.cat(embeddings), stats)
 
 
 def _block(

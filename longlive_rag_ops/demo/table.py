@@ -5,6 +5,8 @@ from typing import Any
 
 __all__ = ["summary_text"]
 
+TIERS = ("device", "host", "disk")
+
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
@@ -120,9 +122,36 @@ def _times(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _bank(report: dict[str, Any]) -> list[str]:
+    bank = report["bank"]
+    if bank is None:
+        return []
+    limits, rows = bank["limits"], []
+    for name, stats in bank["statistics"].items():
+        tiers = [f"{stats[tier]['frames']} ({_bytes(stats[tier]['reserved_bytes'])})" for tier in TIERS]
+        hits = [str(stats[f"hits_{tier}"]) for tier in TIERS]
+        rows.append([name, *tiers, *hits, str(stats["misses"]), str(stats["forgotten_frames"])])
+    disk = f", disk {_bytes(limits['disk_bytes'])}" if limits["disk_bytes"] else ""
+    lines = [
+        f"memory bank ({limits['storage']} pages; host {_bytes(limits['host_bytes'])}{disk}): frames held at the end, "
+        "and where fetched frames were found:",
+        *_table(
+            ["footage, weights", *TIERS, *(f"from {tier}" for tier in TIERS), "missing", "forgotten"],
+            rows,
+        ),
+    ]
+    check = bank["bit_for_bit"]
+    if check is not None:
+        lines.append(
+            f"  bfloat16, compared with {check['compared_with']}: {check['equal']} of {check['blocks']} blocks are "
+            "equal bit for bit"
+        )
+    return [*lines, ""]
+
+
 def summary_text(report: dict[str, Any]) -> str:
     """What the demo prints at its end, some forty lines."""
     lines: list[str] = []
     for run in _footages(report):
         lines += _retrieval(run)
-    return "\n".join([*lines, *_coverage(report), *_times(report)])
+    return "\n".join([*lines, *_coverage(report), *_bank(report), *_times(report)])
