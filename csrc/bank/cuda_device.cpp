@@ -1,5 +1,6 @@
-// The device through the CUDA driver: one non-blocking stream for each direction of copies, events from a pool.
+// The device through the CUDA driver: one non-blocking stream for each direction of copies.
 #include <atomic>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -7,6 +8,7 @@
 #include <utility>
 
 #include "bank/copy_runs.h"
+#include "bank/cuda_context.h"
 #include "bank/device.h"
 #include "bank/driver_api.h"
 
@@ -14,123 +16,24 @@ namespace longlive::bank {
 namespace {
 
 using driver::Api;
-using driver::EventHandle;
 using driver::Result;
 using driver::StreamHandle;
 
 StreamHandle handle_of(Stream stream) { return reinterpret_cast<StreamHandle>(stream); }
 
-// The primary context, which the framework uses too, and the events made in it. Owned by the device and by every event,
-// for events may outlive the device.
-class Context {
- public:
-  // Makes the context current in this thread while it lives, and lets calls pass that a CUDA graph's capture, in
-  // whatever thread, would otherwise forbid (and be invalidated by): none of them touches what is captured.
-  class Scope {
-   public:
-    explicit Scope(const Context& context) : api_(*context.api_) {
-      pushed_ = api_.context_push(context.handle_);
-      if (pushed_ == driver::kSuccess) relaxed_ = api_.exchange_capture_mode(&mode_) == driver::kSuccess;
-    }
-    ~Scope() {
-      if (relaxed_) api_.exchange_capture_mode(&mode_);
-      driver::Context popped = nullptr;
-      if (pushed_ == driver::kSuccess) api_.context_pop(&popped);
-    }
-    Scope(const Scope&) = delete;
-    Scope& operator=(const Scope&) = delete;
-    // Whether the context could be made current: not once the driver has shut down, at the end of the process.
-    Result result() const { return pushed_; }
-
-   private:
-    const Api& api_;
-    Result pushed_ = driver::kSuccess;
-    bool relaxed_ = false;
-    int mode_ = driver::kCaptureModeRelaxed;
-  };
-  // As Scope; throws std::runtime_error when the context cannot be made current.
-  struct Entered : Scope {
-    explicit Entered(const Context& context) : Scope(context) { context.api_->check(result(), "cuCtxPushCurrent"); }
-  };
-
-  Context(std::shared_ptr<const Api> api, int ordinal) : api_(std::move(api)) {
-    const Result found = api_->device_get(&device_, ordinal);
-    if (found != driver::kSuccess) {
-      throw std::runtime_error("ordinal " + std::to_string(ordinal) + ": cuDeviceGet failed: " + api_->name_of(found));
-    }
-    api_->check(api_->primary_retain(&handle_, device_), "cuDevicePrimaryCtxRetain");
-  }
-  ~Context() {
-    {
-      const Scope scope(*this);
-      for (const EventHandle event : idle_) {
-        if (scope.result() == driver::kSuccess) api_->event_destroy(event);
-      }
-    }
-    api_->primary_release(device_);
-  }
-  Context(const Context&) = delete;
-  Context& operator=(const Context&) = delete;
-
-  const Api& api() const { return *api_; }
-
-  // Needs the context to be current.
-  EventHandle take_event() {
-    {
-      const std::lock_guard<std::mutex> hold(mutex_);
-      if (!idle_.empty()) {
-        const EventHandle event = idle_.back();
-        idle_.pop_back();
-        return event;
-      }
-      // Giving one back must not need memory: it happens in destructors.
-      if (++events_ > idle_.capacity()) idle_.reserve(2 * events_);
-    }
-    EventHandle event = nullptr;
-    api_->check(api_->event_create(&event, driver::kEventDisableTiming | driver::kEventBlockingSync), "cuEventCreate");
-    return event;
-  }
-  // May be pending: recording it anew does not change what a stream waits for already.
-  void give_event(EventHandle event) noexcept {
-    const std::lock_guard<std::mutex> hold(mutex_);
-    idle_.push_back(event);
-  }
-
- private:
-  std::shared_ptr<const Api> api_;
-  int device_ = 0;
-  driver::Context handle_ = nullptr;
-  std::mutex mutex_;
-  std::size_t events_ = 0;
-  std::vector<EventHandle> idle_;
-};
-
-class CudaEvent final : public Event {
- public:
-  explicit CudaEvent(std::shared_ptr<Context> context)
-      : context_(std::move(context)), handle_(context_->take_event()) {}
-  ~CudaEvent() override { context_->give_event(handle_); }
-  CudaEvent(const CudaEvent&) = delete;
-  CudaEvent& operator=(const CudaEvent&) = delete;
-  EventHandle handle() const { return handle_; }
-
- private:
-  std::shared_ptr<Context> context_;
-  EventHandle handle_;
-};
-
-EventHandle handle_of(const EventRef& event) {
-  const auto* ours = dynamic_cast<const CudaEvent*>(event.get());
-  if (ours == nullptr) throw std::invalid_argument("event: made by another kind of device");
-  return ours->handle();
-}
-
 class CudaDevice final : public Device {
  public:
   CudaDevice(int ordinal, const std::string& library)
-      : context_(std::make_shared<Context>(driver::load(library), ordinal)), api_(context_->api()) {
-    const Context::Entered scope(*context_);
+      : context_(std::make_shared<CudaContext>(driver::load(library), ordinal)), api_(context_->api()) {
+    const CudaContext::Entered scope(*context_);
     int least = 0, greatest = 0;
+    if (api_.copy_batch == nullptr) {
+      no_batch_ = "the driver has no cuMemcpyBatchAsync (CUDA 12.8)";
+    } else if (int usable = 0; api_.device_attribute(&usable, driver::kCanUseRegisteredHostPointer,
+                                                     context_->device()) != driver::kSuccess || usable == 0) {
+      // Such a device (under WSL2, say) takes the host's address in single copies only; in a batch it faults, for good.
+      no_batch_ = "the device does not reach page-locked memory by its address";
+    }
     api_.check(api_.priority_range(&least, &greatest), "cuCtxGetStreamPriorityRange");
     // Somebody waits for what comes to the device; what leaves it has time.
     make_stream(&to_device_, greatest);
@@ -143,7 +46,7 @@ class CudaDevice final : public Device {
   }
 
   ~CudaDevice() override {
-    const Context::Scope scope(*context_);
+    const CudaContext::Scope scope(*context_);
     if (scope.result() != driver::kSuccess) return;
     for (const StreamHandle stream : {to_device_, to_host_}) {
       // Memory that copies still use is about to go. There is nobody to tell of an error.
@@ -154,33 +57,36 @@ class CudaDevice final : public Device {
   }
 
   EventRef record(Stream stream) override {
-    const Context::Entered scope(*context_);
+    const CudaContext::Entered scope(*context_);
     return record_on(handle_of(stream));
   }
 
   void wait(Stream stream, const EventRef& event) override {
     if (event == nullptr) return;
-    const Context::Entered scope(*context_);
+    const CudaContext::Entered scope(*context_);
     wait_on(handle_of(stream), event);
   }
 
   EventRef copy(Direction direction, const std::vector<Copy>& copies, const std::vector<EventRef>& after) override {
-    const Context::Entered scope(*context_);
+    const CudaContext::Entered scope(*context_);
     const bool to_host = direction == Direction::kToHost;
     const StreamHandle stream = to_host ? to_host_ : to_device_;
     const MayJoin on_device = device_seams();
     std::vector<Copy> runs =
         to_host ? join_copies(copies, nullptr, on_device) : join_copies(copies, on_device, nullptr);
+    const auto host_side = to_host ? &Copy::to : &Copy::from;
+    bool locked = true;
     {
       const std::lock_guard<std::mutex> hold(lock_mutex_);
-      if (!cuts_.empty()) runs = split_copies(runs, cuts_, to_host ? &Copy::to : &Copy::from);
+      runs = split_copies(runs, cuts_, host_side);
+      for (const Copy& run : runs) locked = locked && is_locked(run.*host_side);
     }
     for (const EventRef& event : after) {
       if (event != nullptr) wait_on(stream, event);
     }
     const bool captured = is_capturing(stream);
     try {
-      if (!runs.empty()) submit(direction, stream, runs, captured);
+      if (!runs.empty()) submit(direction, stream, runs, captured, locked);
       return record_on(stream);
     } catch (...) {
       // The caller gets no point to wait for, so nothing may stay under way.
@@ -190,7 +96,7 @@ class CudaDevice final : public Device {
   }
 
   void copy_on(Stream stream, const std::vector<Copy>& copies) override {
-    const Context::Entered scope(*context_);
+    const CudaContext::Entered scope(*context_);
     const MayJoin on_device = device_seams();
     // One at a time: within a device the batch call is slower, and takes neither stream 0 nor a stream being captured.
     const std::vector<Copy> runs = join_copies(copies, on_device, on_device);
@@ -203,7 +109,7 @@ class CudaDevice final : public Device {
 
   bool done(const EventRef& event) override {
     if (event == nullptr) return true;
-    const Context::Entered scope(*context_);
+    const CudaContext::Entered scope(*context_);
     const Result result = api_.event_query(handle_of(event));
     if (result == driver::kNotReady) return false;
     api_.check(result, "cuEventQuery");
@@ -212,17 +118,17 @@ class CudaDevice final : public Device {
 
   void synchronize(const EventRef& event) override {
     if (event == nullptr) return;
-    const Context::Entered scope(*context_);
+    const CudaContext::Entered scope(*context_);
     api_.check(api_.event_synchronize(handle_of(event)), "cuEventSynchronize");
   }
 
   bool capturing(Stream stream) override {
-    const Context::Entered scope(*context_);
+    const CudaContext::Entered scope(*context_);
     return is_capturing(handle_of(stream));
   }
 
   bool lock(void* memory, std::size_t bytes, std::string* reason) override {
-    const Context::Entered scope(*context_);
+    const CudaContext::Entered scope(*context_);
     const Result result = api_.host_register(memory, bytes, driver::kHostRegisterPortable);
     if (result != driver::kSuccess) {
       if (reason != nullptr) *reason = "cuMemHostRegister failed: " + api_.name_of(result);
@@ -236,7 +142,7 @@ class CudaDevice final : public Device {
   }
 
   void unlock(void* memory) noexcept override {
-    const Context::Scope scope(*context_);
+    const CudaContext::Scope scope(*context_);
     if (scope.result() == driver::kSuccess) api_.host_unregister(memory);
     const std::lock_guard<std::mutex> hold(lock_mutex_);
     locked_.erase(reinterpret_cast<std::uintptr_t>(memory));
@@ -282,14 +188,17 @@ class CudaDevice final : public Device {
     };
   }
 
-  void submit(Direction direction, StreamHandle stream, const std::vector<Copy>& runs, bool captured) {
+  void submit(Direction direction, StreamHandle stream, const std::vector<Copy>& runs, bool captured, bool locked) {
     std::string reason;
-    bool lasting = true;
+    bool lasting = false;
     if (captured) {
       // The call would return an error, and the copies be missing from the graph.
       reason = "a CUDA graph is being captured";
-    } else if (api_.copy_batch == nullptr) {
-      reason = "the driver has no cuMemcpyBatchAsync (CUDA 12.8)";
+    } else if (!no_batch_.empty()) {
+      reason = no_batch_;
+    } else if (!locked) {
+      // Whether a batch takes other memory depends on the system; a single copy does everywhere.
+      reason = "host memory is not page-locked";
     } else if (batch_refused_.load(std::memory_order_relaxed)) {
       reason = "";  // as said when it was refused
     } else {
@@ -318,7 +227,7 @@ class CudaDevice final : public Device {
       }
     }
     // Only now: single copies of the same bytes went through, so it was the batch call that was refused.
-    if (api_.copy_batch != nullptr && lasting && !captured) batch_refused_.store(true, std::memory_order_relaxed);
+    if (lasting) batch_refused_.store(true, std::memory_order_relaxed);
     count(runs.size(), 0, 1, reason.empty() ? nullptr : &reason);
   }
 
@@ -348,6 +257,12 @@ class CudaDevice final : public Device {
     if (reason != nullptr) stats_.copy_loop_reason = *reason;
   }
 
+  // Needs lock_mutex_. Whether a registration holds this address.
+  bool is_locked(std::uintptr_t address) const {
+    const auto after = locked_.upper_bound(address);
+    return after != locked_.begin() && address < std::prev(after)->second;
+  }
+
   // Needs lock_mutex_.
   void find_cuts() {
     cuts_.clear();
@@ -357,10 +272,11 @@ class CudaDevice final : public Device {
     }
   }
 
-  std::shared_ptr<Context> context_;
+  std::shared_ptr<CudaContext> context_;
   const Api& api_;
   StreamHandle to_device_ = nullptr;
   StreamHandle to_host_ = nullptr;
+  std::string no_batch_;  // why the batch call is never tried, "" when it is
   std::atomic<bool> batch_refused_{false};
   std::mutex lock_mutex_;
   std::map<std::uintptr_t, std::uintptr_t> locked_;  // begin -> end

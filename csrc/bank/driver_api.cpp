@@ -74,6 +74,7 @@ std::shared_ptr<const Api> load(const std::string& path) {
   library.need(api->init, "cuInit", 2000, "cuInit");
   library.need(api->error_name, "cuGetErrorName", 6000, "cuGetErrorName");
   library.need(api->device_get, "cuDeviceGet", 2000, "cuDeviceGet");
+  library.need(api->device_attribute, "cuDeviceGetAttribute", 2000, "cuDeviceGetAttribute");
   library.need(api->primary_retain, "cuDevicePrimaryCtxRetain", 7000, "cuDevicePrimaryCtxRetain");
   library.need(api->primary_release, "cuDevicePrimaryCtxRelease", 11000, "cuDevicePrimaryCtxRelease_v2");
   library.need(api->context_push, "cuCtxPushCurrent", 4000, "cuCtxPushCurrent_v2");

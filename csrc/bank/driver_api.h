@@ -33,6 +33,7 @@ inline constexpr unsigned kEventDisableTiming = 2;
 inline constexpr unsigned kHostRegisterPortable = 1;
 inline constexpr int kCaptureStatusNone = 0;
 inline constexpr int kCaptureModeRelaxed = 2;
+inline constexpr int kCanUseRegisteredHostPointer = 91;   // CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
 inline constexpr int kSourceInStreamOrder = 1;            // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 inline constexpr unsigned kPreferOverlapWithCompute = 1;  // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 
@@ -52,6 +53,7 @@ struct Api {
   Result (*init)(unsigned flags) = nullptr;
   Result (*error_name)(Result error, const char** name) = nullptr;
   Result (*device_get)(int* device, int ordinal) = nullptr;
+  Result (*device_attribute)(int* value, int attribute, int device) = nullptr;
   Result (*primary_retain)(Context* context, int device) = nullptr;
   Result (*primary_release)(int device) = nullptr;
   Result (*context_push)(Context context) = nullptr;

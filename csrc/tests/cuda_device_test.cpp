@@ -23,6 +23,11 @@ struct Memory {
   std::string bytes;
 };
 
+void lock(const std::unique_ptr<Device>& device, Memory& memory) {
+  std::string reason;
+  if (!device->lock(memory.page(0), memory.bytes.size(), &reason)) fail(__LINE__, reason, __FILE__);
+}
+
 std::unique_ptr<Device> open() { return make_cuda_device(0, LONGLIVE_FAKE_CUDA); }
 
 Copy one(Memory& to, std::size_t to_page, Memory& from, std::size_t from_page, std::int64_t bytes = kPage) {
@@ -35,6 +40,7 @@ void check_clean(StandIn& fake, const std::unique_ptr<Device>& closed) {
   if (!fake.violations().empty()) fail(__LINE__, fake.violations(), __FILE__);
   CHECK(fake.count("contexts") == 0);
   CHECK(fake.count("events") == 0);
+  CHECK(fake.count("current") == 0 && fake.count("capture_mode") == 0);
 }
 
 }  // namespace
@@ -45,6 +51,7 @@ TEST_CASE(a_copy_waits_for_what_writes_its_source) {
     fake.set("seed", seed);
     Memory pool(4), host(4);
     std::unique_ptr<Device> device = open();
+    lock(device, host);
     const std::uintptr_t compute = seed % 2 == 0 ? fake.stream() : 0;
     fake.write(compute, pool.page(1), 'k', kPage);
     EventRef stored = device->copy(Direction::kToHost, {one(host, 2, pool, 1)}, {device->record(compute)});
@@ -69,6 +76,7 @@ TEST_CASE(the_stand_in_shows_a_missing_wait) {
     fake.set("seed", seed);
     Memory pool(2), host(1);
     std::unique_ptr<Device> device = open();
+    lock(device, host);
     const std::uintptr_t compute = fake.stream();
     fake.write(compute, pool.page(0), 'k', kPage);
     device->synchronize(device->copy(Direction::kToHost, {one(host, 0, pool, 0)}, {}));
@@ -89,6 +97,7 @@ TEST_CASE(copies_of_one_direction_keep_their_order) {
     fake.set("seed", seed);
     Memory pool(1), first(1, 'a'), second(1, 'b');
     std::unique_ptr<Device> device = open();
+    lock(device, first);
     const EventRef a = device->copy(Direction::kToDevice, {one(pool, 0, first, 0)}, {});
     const EventRef b = device->copy(Direction::kToDevice, {one(pool, 0, second, 0)}, {});
     device->synchronize(b);
@@ -101,6 +110,7 @@ TEST_CASE(one_call_of_the_driver_for_a_batch) {
   StandIn fake;
   Memory pool(8), host(8);
   std::unique_ptr<Device> device = open();
+  lock(device, host);
   for (std::size_t i = 0; i < 8; ++i) host.bytes.replace(i * kPage, kPage, kPage, static_cast<char>('a' + i));
   // 0 and 1 join, 3 and 2 are in the wrong order; nothing for the empty one.
   const std::vector<Copy> copies = {one(pool, 4, host, 0), one(pool, 5, host, 1),
@@ -180,12 +190,37 @@ TEST_CASE(single_copies_where_the_driver_has_no_batch) {
   check_clean(fake, device);
 }
 
+TEST_CASE(only_page_locked_memory_is_batched) {
+  StandIn fake;
+  Memory pool(4), host(4, 'h');
+  std::unique_ptr<Device> device = open();
+  std::string reason;
+  CHECK(device->lock(host.page(0), kPage, &reason));
+  device->synchronize(device->copy(Direction::kToDevice, {one(pool, 0, host, 0), one(pool, 3, host, 1)}, {}));
+  CHECK(pool.holds(0, 'h') && pool.holds(3, 'h'));
+  CHECK(fake.count("batches") == 0 && fake.count("h2d") == 2);
+  CHECK(device->stats().copy_loop_reason == "host memory is not page-locked");
+  device->synchronize(device->copy(Direction::kToDevice, {one(pool, 1, host, 0)}, {}));
+  CHECK(device->stats().batches == 1);
+  device.reset();
+  // A device that cannot use the addresses of page-locked memory faults on a batch.
+  fake.set("host_pointers", 0);
+  device = open();
+  CHECK(device->lock(host.page(0), kPage, &reason));
+  device->synchronize(device->copy(Direction::kToHost, {one(host, 0, pool, 2)}, {}));
+  CHECK(host.holds(0, '-') && device->stats().batches == 0);
+  CHECK(device->stats().copy_loop_reason == "the device does not reach page-locked memory by its address");
+  device.reset();
+  check_clean(fake, device);
+}
+
 TEST_CASE(a_refused_batch_goes_out_as_single_copies) {
   for (const int refusal : {1, 801}) {
     StandIn fake;
     fake.set("batch_result", refusal);
     Memory pool(2), host(2, 'h');
     std::unique_ptr<Device> device = open();
+    lock(device, host);
     const std::vector<Copy> copies = {one(pool, 0, host, 1), one(pool, 1, host, 0)};
     device->synchronize(device->copy(Direction::kToDevice, copies, {}));
     CHECK(pool.holds(0, 'h') && pool.holds(1, 'h'));
@@ -206,6 +241,7 @@ TEST_CASE(a_refusal_of_one_copy_is_not_remembered) {
   fake.set("batch_failed", 0);
   Memory pool(1), host(1, 'h');
   std::unique_ptr<Device> device = open();
+  lock(device, host);
   device->synchronize(device->copy(Direction::kToDevice, {one(pool, 0, host, 0)}, {}));
   CHECK(pool.holds(0, 'h'));
   fake.set("batch_result", 0);
@@ -219,6 +255,7 @@ TEST_CASE(a_failed_copy_throws_and_leaves_nothing_under_way) {
     if (!batches) fake.set("driver_version", 12040);
     Memory pool(2), host(2, 'h');
     std::unique_ptr<Device> device = open();
+    lock(device, host);
     fake.set("fail_copy", batches ? 1 : 2);
     const std::vector<Copy> copies = {one(pool, 0, host, 1), one(pool, 1, host, 0)};
     const char* text = batches ? "cuMemcpyBatchAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)"
@@ -256,6 +293,7 @@ TEST_CASE(nothing_is_batched_into_a_capture) {
   StandIn fake;
   Memory pool(2), host(2, 'h');
   std::unique_ptr<Device> device = open();
+  lock(device, host);
   const std::uintptr_t compute = fake.stream();
   CHECK(!device->capturing(compute));
   fake.capture(compute, true);

@@ -44,6 +44,7 @@ struct Plain<R (*)(A...)> {
 SAME(init, PFN_cuInit_v2000);
 SAME(error_name, PFN_cuGetErrorName_v6000);
 SAME(device_get, PFN_cuDeviceGet_v2000);
+SAME(device_attribute, PFN_cuDeviceGetAttribute_v2000);
 SAME(primary_retain, PFN_cuDevicePrimaryCtxRetain_v7000);
 SAME(primary_release, PFN_cuDevicePrimaryCtxRelease_v11000);
 SAME(context_push, PFN_cuCtxPushCurrent_v4000);
@@ -78,6 +79,7 @@ static_assert(offsetof(driver::Location, id) == offsetof(CUmemLocation_v1, id));
 static_assert(driver::kSourceInStreamOrder == CU_MEMCPY_SRC_ACCESS_ORDER_STREAM);
 static_assert(driver::kPreferOverlapWithCompute == CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE);
 #endif
+static_assert(driver::kCanUseRegisteredHostPointer == CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM);
 static_assert(driver::kSuccess == CUDA_SUCCESS);
 static_assert(driver::kInvalidValue == CUDA_ERROR_INVALID_VALUE);
 static_assert(driver::kDeinitialized == CUDA_ERROR_DEINITIALIZED);

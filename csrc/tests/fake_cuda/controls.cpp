@@ -88,7 +88,7 @@ API const char* fake_violations() {
 
 // Calls ("batches", "h2d", "d2h", "d2d", "register_calls", "events_made"), "captured" operations, copies of "pageable"
 // memory, "batch_flags" of the last batch; and what there is now: "streams" (the legacy one included), "events",
-// "contexts", "ranges".
+// "contexts", "ranges"; and of the calling thread: contexts it has "current", its "capture_mode" (0: global).
 API std::int64_t fake_count(const char* name) {
   Machine& m = machine();
   const Hold hold(m.mutex);
@@ -97,6 +97,8 @@ API std::int64_t fake_count(const char* name) {
   if (what == "events") return static_cast<std::int64_t>(m.events.size());
   if (what == "ranges") return static_cast<std::int64_t>(m.ranges.size());
   if (what == "contexts") return m.contexts;
+  if (what == "current") return context_depth;
+  if (what == "capture_mode") return capture_mode;
   return m.counts[what];
 }
 

@@ -8,9 +8,6 @@ using namespace fake;
 
 namespace {
 
-thread_local int context_depth = 0;
-thread_local int capture_mode = 0;  // 0: global, 2: relaxed
-
 int entered(Machine& m) {
   if (m.option("shut_down") != 0) return kDeinitialized;
   return context_depth > 0 ? kSuccess : kInvalidContext;
@@ -66,6 +63,14 @@ API int cuDeviceGet(int* device, int ordinal) {
   const Hold hold(m.mutex);
   if (ordinal < 0 || ordinal >= m.option("devices")) return kInvalidDevice;
   *device = ordinal;
+  return kSuccess;
+}
+
+API int cuDeviceGetAttribute(int* value, int attribute, int) {
+  Machine& m = machine();
+  const Hold hold(m.mutex);
+  if (attribute != 91) return kInvalidValue;
+  *value = static_cast<int>(m.option("host_pointers"));
   return kSuccess;
 }
 
@@ -262,7 +267,11 @@ API int cuMemcpyBatchAsync(std::uintptr_t* to, std::uintptr_t* from, std::size_t
   if (attributes->source_order != 1) m.violation("a batch whose sources are not read in stream order");
   m.counts["batch_flags"] = attributes->flags;
   std::vector<Part> parts;
-  for (std::size_t i = 0; i < count; ++i) parts.push_back({to[i], from[i], bytes[i]});
+  for (std::size_t i = 0; i < count; ++i) {
+    parts.push_back({to[i], from[i], bytes[i]});
+    if (m.option("host_pointers") == 0) m.violation("a batch faults on the host's addresses");
+    if (!m.registered(to[i]) && !m.registered(from[i])) m.violation("a batch copies memory that is not registered");
+  }
   return m.enqueue_copy(stream, std::move(parts), false, false);
 }
 
@@ -335,6 +344,7 @@ API int cuGetProcAddress_v2(const char* name, void** found, int version, std::ui
       ENTRY(cuInit, 2000, cuInit),
       ENTRY(cuGetErrorName, 6000, cuGetErrorName),
       ENTRY(cuDeviceGet, 2000, cuDeviceGet),
+      ENTRY(cuDeviceGetAttribute, 2000, cuDeviceGetAttribute),
       ENTRY(cuDevicePrimaryCtxRetain, 7000, cuDevicePrimaryCtxRetain),
       ENTRY(cuDevicePrimaryCtxRelease, 11000, cuDevicePrimaryCtxRelease_v2),
       ENTRY(cuCtxPushCurrent, 4000, cuCtxPushCurrent_v2),

@@ -14,6 +14,7 @@ const std::map<std::string, std::int64_t> kDefaults = {
     {"driver_version", 13000},  // below 12080: no batch copy
     {"proc_address", 1},        // 0: cuGetProcAddress finds nothing
     {"devices", 1},
+    {"host_pointers", 1},       // 0: registered memory is not reached by its address
     {"init_result", 0},         // of cuInit
     {"register_oom", 0},        // from the n-th cuMemHostRegister on: out of memory
     {"batch_result", 0},        // of the batch call, which does nothing then
@@ -135,6 +136,12 @@ bool Machine::within_ranges(std::uintptr_t begin, std::size_t bytes, bool host) 
   }
   if (host) ++counts["pageable"];
   return true;
+}
+
+bool Machine::registered(std::uintptr_t address) const {
+  return std::any_of(ranges.begin(), ranges.end(), [&](const auto& entry) {
+    return entry.second.host && address >= entry.first && address < entry.second.end;
+  });
 }
 
 int Machine::enqueue_copy(Handle stream, std::vector<Part> parts, bool host_to, bool host_from) {

@@ -80,6 +80,7 @@ class Machine {
   int finish(std::unique_lock<std::mutex>& hold, const MarkRef& mark);
   int finish_stream(std::unique_lock<std::mutex>& hold, Handle stream);
   bool captures() const;
+  bool registered(std::uintptr_t address) const;
   std::int64_t touching(std::uintptr_t begin, std::uintptr_t end, bool copies_only) const;
 
   std::mutex mutex;
@@ -103,6 +104,9 @@ class Machine {
 
 // The process's one machine. Never destroyed: calls may come at the end of the process.
 Machine& machine();
+// Of the calling thread.
+inline thread_local int context_depth = 0;
+inline thread_local int capture_mode = 0;  // 0: global, 2: relaxed
 using Hold = std::unique_lock<std::mutex>;
 
 }  // namespace fake
