@@ -13,12 +13,19 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_example_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2 and "torch.ops.longlive.retrieve_attend" in blocks[0]
+    assert len(blocks) == 3 and "torch.ops.longlive.retrieve_attend" in blocks[0]
     scope: dict[str, Any] = {}
     torch.manual_seed(0)
-    exec("".join(blocks), scope)
+    exec("".join(blocks[:2]), scope)
     assert len(scope["memory"].selected[0]) == 6
     assert scope["y"].shape == (1, 36, 64) and scope["y"].isfinite().all()
+
+    exec(blocks[2], scope)
+    loop = blocks[1][blocks[1].index("with torch.inference_mode()") :]
+    exec(loop, scope)
+    assert len(scope["memory"].selected[0]) == 6
+    stats = scope["memory"].bank.stats()
+    assert stats["frames"] == 36 and stats["host"]["frames"] + stats["disk"]["frames"] >= 36
 
 
 def test_table_of_ops_is_complete() -> None:
