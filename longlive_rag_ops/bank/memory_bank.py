@@ -203,8 +203,6 @@ class MemoryBank:
                 if (frame in self) != replace:
                     state = "not in the bank, and replace is True" if replace else "in the bank, and replace is False"
                     raise ValueError(f"frames must not name frame {frame}, which is {state}")
-            if self._unsettled:
-                self._collect()
             stream = self._stream()
             sources = self._sources.take(pages, stream)
             forgotten = self._store(numbers, sources, stream, replace)
@@ -379,10 +377,10 @@ class MemoryBank:
         self._check_stream("wait")
         if self._unsettled:
             self._collect()
-        stream = self._stream()
+        stream, commits = self._stream(), self._sources.commits
         with core_errors():
             self._core.wait(layer, stream)
-        self._sources.waited(layer, stream)
+        self._sources.waited(layer, stream, commits)
 
     def release(self, frames: Iterable[int]) -> None:
         """The current stream has been given the last read of these frames' slots: takes back one `prefetch` each.
@@ -479,7 +477,8 @@ class MemoryBank:
     ) -> None:
         """Stores a frame as `record`, `generation`, `embedding` and `retrievals` gave it.
 
-        The record is copied before the call returns. BankFull when there is no room (nothing is forgotten for it), ValueError when the frame is there.
+        The record is copied before the call returns. BankFull when there is no room (nothing is forgotten for it),
+        ValueError when the frame is there.
         """
         check_int("frame", frame, 0, LARGEST_FRAME)
         check_int("generation", generation, 0)

@@ -26,6 +26,9 @@ class Sources:
         core: the compiled bank.
         later: copies are done some time after the call that asks for them.
         on_host: the pages are written by the host, which waits for no stream.
+
+    Attributes:
+        commits: so far.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Sources:
         if pages.quantised:
             shape = (frames, pages.layers, pages.samples, pages.page_bytes)
             self._buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.commits = 0
         self._held: list[torch.Tensor] = []
         self._waited: dict[int, set[int]] = {}  # by stream, the layers whose copies it waits for
 
@@ -66,18 +70,20 @@ class Sources:
 
     def committed(self) -> None:
         """The core has been given what `take` returned."""
+        self.commits += 1
         self._waited = {}
 
-    def waited(self, layer: int, stream: int) -> None:
-        """A stream has been made to wait for the copies of a layer."""
-        self._waited.setdefault(stream, set()).add(layer)
+    def waited(self, layer: int, stream: int, commits: int) -> None:
+        """A stream has been made to wait for the copies of a layer, of so many `commits` at least."""
+        if commits == self.commits:  # no other thread has committed in between
+            self._waited.setdefault(stream, set()).add(layer)
 
     def _give_up(self, stream: int) -> None:
-        if not self._later:
+        if not self._later or self.commits == 0:
             return
         for layer in set(range(self._pages.layers)) - self._waited.get(stream, set()):
             self._core.wait(layer, stream)
-            self.waited(layer, stream)
+            self.waited(layer, stream, self.commits)
         if self._on_host:
             self._core.flush()
         self._held = []
