@@ -97,19 +97,19 @@ def _surplus(contents: SavedContents, bank: MemoryBank) -> set[int]:
     surplus = len(contents.frames) - bank.room()
     if surplus <= 0:
         return set()
-    most = f"the saved bank has {len(contents.frames)} frames, and the limits hold {bank.room()}"
     policy = bank.config.policy
     if policy == "error":
-        raise BankFull(f"{most}: raise host_bytes (or disk_bytes), or choose a policy by which frames are forgotten")
+        raise BankFull(
+            f"the saved bank has {len(contents.frames)} frames, and the limits hold {bank.room()}: raise host_bytes "
+            "(or disk_bytes), or choose a policy by which frames are forgotten"
+        )
     catalogue = Catalogue(bank.samples, policy, bank.sink, len(contents.frames), torch.empty(0))
     if contents.index is not None:
         catalogue.make_index(*contents.index)
         catalogue.embed(*contents.index, normalized=True)
     for frame, count in contents.retrievals.items():
         catalogue.set_retrievals(frame, count)
-    candidates = catalogue.candidates(contents.frames)
-    if len(candidates) < surplus:
-        raise BankFull(f"{most}, of which only {len(candidates)} are no sink frames (below {bank.sink})")
+    candidates = catalogue.candidates(contents.frames)  # enough: a bank has room for more than its sink frames
     forgotten = set()
     for _ in range(surplus):
         frame = catalogue.choose(candidates)

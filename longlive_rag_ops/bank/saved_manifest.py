@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 
 from ..build_info import extension
+from ..ops.checks import LARGEST_FRAME
 from ..safetensors_file import DTYPES, MAX_HEADER
 from ..version import __version__
 from .page_format import ALIGNMENT, PageFormat
@@ -231,7 +232,8 @@ def _frames(fields: _Fields) -> dict[int, int]:
     frames: dict[int, int] = {}
     last = -1
     for entry in fields.list("frames"):
-        if not (isinstance(entry, list) and len(entry) == 2 and all(_is_number(number, 0) for number in entry)):
+        pair = isinstance(entry, list) and len(entry) == 2 and all(_is_number(number, 0) for number in entry)
+        if not pair or entry[0] > LARGEST_FRAME:
             raise SavedBankError(f"{MANIFEST}: frames must be pairs (frame, generation), got {_short(entry)}")
         if entry[0] <= last:
             raise SavedBankError(f"{MANIFEST}: frames must ascend, got {entry[0]} after {last}")

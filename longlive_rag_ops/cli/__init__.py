@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import compile, demo, doctor, fit_codec, replay
+from . import compile, demo, doctor, fit_codec, inspect, replay
 
-COMMANDS = (demo, replay, doctor, compile, fit_codec)
+COMMANDS = (demo, replay, doctor, compile, fit_codec, inspect)
 
 
 def parser() -> argparse.ArgumentParser:
