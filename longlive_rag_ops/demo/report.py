@@ -208,11 +208,15 @@ def _run(run: Streamed, rule: WindowRule) -> dict[str, Any]:
 def _bank(runs: Sequence[Streamed], settings: DemoSettings, check: TierCheck | None) -> dict[str, Any] | None:
     if settings.bank is None:
         return None
-    return {
-        "limits": settings.bank.to_dict() | {"spill": settings.bank.spill is not None},  # a path is nobody's business
+    bank = {
+        "limits": settings.bank.to_dict(),
         "statistics": {f"{run.footage.name}, {run.weights}": run.stats["bank"] for run in runs},
         "bit_for_bit": None if check is None else asdict(check),
     }
+    # Where the folder lies is nobody's business, also not in the reasons that statistics give.
+    folder = json.dumps(str(settings.bank.spill))[1:-1]
+    named: dict[str, Any] = json.loads(json.dumps(bank).replace(folder, "DIR"))
+    return named
 
 
 def build_report(

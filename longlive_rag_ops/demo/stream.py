@@ -152,6 +152,6 @@ def _block(
         "rest": total - embedded - searched - attention,
     }
     held = {name: int(size) for name, size in stats["bytes"].items()}
-    # "history" is the used part of "history_reserved".
-    held["total"] = sum(size for name, size in held.items() if name != "history")
+    # In memory; "history" is the used part of "history_reserved".
+    held["total"] = sum(size for name, size in held.items() if name not in ("history", "disk"))
     return BlockRecord(choice, cosines, masses, held, seconds), embedding

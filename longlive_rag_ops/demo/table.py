@@ -128,7 +128,7 @@ def _bank(report: dict[str, Any]) -> list[str]:
         return []
     limits, rows = bank["limits"], []
     for name, stats in bank["statistics"].items():
-        tiers = [f"{stats[tier]['frames']} ({_bytes(stats[tier]['reserved_bytes'])})" for tier in TIERS]
+        tiers = [f"{stats[tier]['frames']} ({_bytes(stats[tier]['bytes'])})" for tier in TIERS]
         hits = [str(stats[f"hits_{tier}"]) for tier in TIERS]
         rows.append([name, *tiers, *hits, str(stats["misses"]), str(stats["forgotten_frames"])])
     disk = f", disk {_bytes(limits['disk_bytes'])}" if limits["disk_bytes"] else ""

@@ -109,6 +109,33 @@ def test_own_video(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert str(tmp_path) not in json.dumps(report)  # file names only
 
 
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+def test_tiers_change_nothing(storage: str, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spill, limits = tmp_path / "spill", ["--host-bytes", "600KiB", "--storage", storage]
+    spill.mkdir()
+    reports = []
+    for bank in ([], [*limits, "--spill", str(spill), "--disk-bytes", "8MiB"]):
+        assert main(["demo", "--video", str(video), "--out", str(tmp_path / "o"), "--quiet", *SMALL, *bank]) == 0
+        reports.append(json.loads((tmp_path / "o" / "report.json").read_text()))
+    printed = capsys.readouterr().out
+    resident, tiered = reports
+    assert resident["bank"] is None and "memory bank" in printed
+    assert tiered["bank"]["bit_for_bit"]["equal"] == tiered["bank"]["bit_for_bit"]["blocks"] == 10
+    assert "10 of 10 blocks are equal bit for bit" in printed
+    for stats in tiered["bank"]["statistics"].values():
+        assert stats["host"]["reserved_bytes"] <= 600 * 1024 and stats["disk"]["frames"] > 0
+        assert stats["frames"] == 30 and stats["misses"] == stats["forgotten_frames"] == 0
+    for a, b in zip(resident["runs"], tiered["runs"], strict=True):
+        for one, other in zip(a["blocks"], b["blocks"], strict=True):
+            assert one["retrieved"] == other["retrieved"]
+            assert storage != "plain" or one["coverage"] == other["coverage"]
+    assert str(tmp_path) not in json.dumps(tiered) and not list(spill.iterdir())
+
+    assert main(["demo", "--video", str(video), "--out", str(tmp_path / "o"), "--quiet", *SMALL, *limits]) == 2
+    assert "host_bytes" in capsys.readouterr().err
+    assert "--spill: got" in refused(capsys, "--video", str(video), "--spill", str(spill))
+
+
 def test_blocks_limit_what_is_streamed(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--video", str(video), "--out", str(tmp_path / "o"), "--quiet", "--blocks", "6", *SMALL]) == 0
     assert "only the first 6 blocks" in capsys.readouterr().out
