@@ -37,13 +37,14 @@ endif
 # cmake and ninja of the environment come first, then those of the system.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo test test-cpp test-python bench bench-gpu gpu-check lint wheel clean
+.PHONY: help setup demo test test-cpp test-python sanitize bench bench-gpu gpu-check lint wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   install the package and its tools into $(VENV) (editable), compile the C++ core'
 	@echo 'make demo    run the demo, results in $(DEMO_OUT)'
 	@echo 'make test    C++ tests and Python tests'
+	@echo 'make sanitize   the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
 	@echo 'make bench   microbenchmarks, results in $(BENCH_OUT)'
 	@echo 'make bench-gpu   the ops on a CUDA device against its own rates and set targets, results in $(BENCH_OUT)'
 	@echo 'make gpu-check   some GPU tests under compute-sanitizer (SANITIZE=memcheck racecheck initcheck synccheck)'
@@ -107,6 +108,10 @@ test-cpp: $(INSTALLED)
 test-python: $(INSTALLED)
 	@echo 'test: Python tests'
 	@$(RUN) -m pytest -q
+
+sanitize: $(INSTALLED)
+	@command -v cmake >/dev/null && command -v ninja >/dev/null || { echo 'sanitize: cmake and ninja are not on PATH, nothing was checked'; exit 1; }
+	@csrc/tests/sanitize.sh
 
 bench: $(INSTALLED)
 	@echo 'bench: writing to $(BENCH_OUT)'
