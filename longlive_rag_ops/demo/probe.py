@@ -6,6 +6,8 @@ every other frame from its canonical page at temporal position 0, where a retrie
 of the whole history is made: ``window_attend`` gives the log-sum-exp of each frame alone, and a frame's share is
 ``exp(lse_frame - lse_all)``, averaged over queries, heads and layers.
 
+A frame that a full memory bank has forgotten has no share.
+
 Position 0 favours nobody among old frames, but a plain sliding window would hold its newest frames at their own
 positions. So a second set of shares is measured with the newest ``W - S`` frames there, everything else the same.
 """
@@ -87,7 +89,11 @@ class Probe:
                 [self._log_sum_exp(q, window.pool[layer][:, :, slot : slot + 1]) for layer, q in enumerate(queries)]
             )
             return placed, placed
-        page = window.history_page(frame)  # (layers, 2, 1, T, H, D)
+        try:
+            page = window.history_page(frame)  # (layers, 2, 1, T, H, D)
+        except KeyError:  # a full bank has forgotten it: no attention can go there
+            gone = torch.full((len(queries), *queries[0].shape[2:0:-1]), -torch.inf, dtype=torch.float64)
+            return gone, gone
         placed = torch.stack([self._log_sum_exp(q, page[layer][:, :, None]) for layer, q in enumerate(queries)])
         # The frames that a sliding window of W frames would hold besides those held in place already.
         if not max(c.sink, start + frames - (c.window - c.sink)) <= frame < start:

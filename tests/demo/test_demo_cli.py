@@ -131,9 +131,16 @@ def test_tiers_change_nothing(storage: str, video: Path, tmp_path: Path, capsys:
             assert storage != "plain" or one["coverage"] == other["coverage"]
     assert str(tmp_path) not in json.dumps(tiered) and not list(spill.iterdir())
 
-    assert main(["demo", "--video", str(video), "--out", str(tmp_path / "o"), "--quiet", *SMALL, *limits]) == 2
-    assert "host_bytes" in capsys.readouterr().err
-    assert "--spill: got" in refused(capsys, "--video", str(video), "--spill", str(spill))
+
+def test_a_full_bank_forgets(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--video", str(video), "--out", str(tmp_path / "o"), *SMALL]
+    assert main(["demo", "--quiet", *arguments, "--host-bytes", "1400KiB", "--policy", "most_redundant"]) == 0
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert all(stats["forgotten_frames"] == 30 - 14 for stats in report["bank"]["statistics"].values())
+    capsys.readouterr()
+    assert "host_bytes must" in refused(capsys, *arguments, "--host-bytes", "300KiB")
+    assert "used up" in refused(capsys, *arguments, "--host-bytes", "1400KiB", "--policy", "error")
+    assert "--spill: got" in refused(capsys, *arguments, "--spill", str(tmp_path))
 
 
 def test_blocks_limit_what_is_streamed(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
