@@ -138,7 +138,8 @@ class MemoryBank:
             ordinal=self.device.index or 0,
             driver=_driver or "",
         )
-        self._slot_bytes = count * (format.slots(1, "meta").nbytes)
+        self._slot_bytes = count * format.slots(1, "meta").nbytes
+        self._first_slot, self._slot_count = first_slot, count
         self._sources = Sources(
             format, frames_per_commit, self.device, self._core, later=later, on_host=self.device.type == "cpu"
         )
@@ -362,25 +363,51 @@ class MemoryBank:
             lost, self._lost = self._lost, []
         return lost
 
-    def wait(self, layer: int) -> None:
+    def wait(self, layer: int, pool_layer: torch.Tensor | None = None) -> None:
         """Makes the current stream wait for a layer's copies, from slots and into them, that were begun before.
 
         Settles first when a prefetch is not settled. The host waits only for reads from disk.
 
+        Args:
+            layer: ``0 .. layers-1``.
+            pool_layer: what a compiled graph has for ``slots[layer]``, see ``torch.ops.longlive.wait_pages``.
+
         Raises:
-            ValueError: there is no such layer.
-            RuntimeError: the bank is closed, or the current stream is being captured into a CUDA graph: wait before
-                it is replayed.
+            TypeError, ValueError: there is no such layer, or ``pool_layer`` is not what it must be.
+            RuntimeError: the bank is closed, the current stream is being captured into a CUDA graph (wait before it is
+                replayed), or ``pool_layer`` is a copy of slots on a GPU.
         """
         check_int("layer", layer, 0, self.layers - 1)
         self._check_open()
         self._check_stream("wait")
+        copied = pool_layer is not None and self._is_copy(pool_layer, layer)
         if self._unsettled:
             self._collect()
         stream, commits = self._stream(), self._sources.commits
         with core_errors():
             self._core.wait(layer, stream)
         self._sources.waited(layer, stream, commits)
+        if copied and pool_layer is not None:
+            at = 1 if self.format.quantised else 2
+            arrived = slice(self._first_slot, self._first_slot + self._slot_count)
+            index = (slice(None),) * at + (arrived,)
+            pool_layer[index] = self.slots[layer][index]
+
+    def _is_copy(self, pool_layer: torch.Tensor, layer: int) -> bool:
+        """Whether a tensor is a compiler's copy of a layer's slots, rather than these or another tensor."""
+        slots = self.slots[layer]
+        if pool_layer.untyped_storage().data_ptr() == slots.untyped_storage().data_ptr():
+            return False
+        if self.format.quantised and (pool_layer.dtype != slots.dtype or pool_layer.shape != slots.shape):
+            return False
+        check("pool_layer (slots of the layer)", pool_layer, slots.shape, (slots.dtype,), slots)
+        if pool_layer.is_cuda:
+            raise RuntimeError(
+                "pool_layer must be the bank's own slots on a GPU, got a copy of them, as compilers make it when the "
+                "pool is no input of the graph, or is also used by others than the ops that write it: wait before the "
+                "compiled call"
+            )
+        return True
 
     def release(self, frames: Iterable[int]) -> None:
         """The current stream has been given the last read of these frames' slots: takes back one `prefetch` each.

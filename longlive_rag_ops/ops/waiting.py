@@ -18,8 +18,8 @@ class Waiting(Protocol):
 
     layers: int
 
-    def wait(self, layer: int) -> None:
-        """Makes the current stream wait for a layer's pages."""
+    def wait(self, layer: int, pool_layer: torch.Tensor | None = None) -> None:
+        """`MemoryBank.wait`."""
 
 
 _banks: weakref.WeakValueDictionary[int, Waiting] = weakref.WeakValueDictionary()
@@ -46,19 +46,23 @@ def wait_pages(pool_layer: torch.Tensor, bank: int, layer: int) -> None:
     """Makes the current stream wait for the pages of one layer, so that what follows may read them.
 
     Waits for all of that layer's copies that the bank has enqueued, from its device slots and into them (`MemoryBank`).
-    Pages that a prefetch still has to read from disk are waited for on the host. The op counts as writing the pool,
-    which is what keeps it in its place under `torch.compile`.
+    Pages that a prefetch still has to read from disk are waited for on the host. The op counts as writing
+    ``pool_layer``, which keeps it in its place under `torch.compile`: what follows and takes that tensor follows.
+
+    A compiler may give the op a copy of the slots, to be copied back later. Inductor does not where the pool is an
+    input; other backends always do. On a CPU the copy is filled in. On a GPU it is an error, because copying it back
+    would run into pages that arrive in the meantime.
 
     Args:
-        pool_layer: the layer's pages, of any shape, on the bank's device; counts as mutated.
+        pool_layer: for plain storage the layer's slots, ``bank.slots[layer]``, window slots included if they are the
+            window's pool. For quantised storage those, or any tensor that what follows takes, as the window's pool.
         bank: `MemoryBank.handle`.
         layer: ``0 .. layers-1``.
 
     Raises:
-        TypeError: ``pool_layer`` is no tensor.
-        ValueError: there is no such layer, or the pool is on another device than the bank.
+        TypeError, ValueError: ``pool_layer`` is not what it must be, or there is no such layer.
         RuntimeError: no open bank has this handle, the current stream is being captured into a CUDA graph (wait before
-            replaying it), or the pool requires grad in grad mode.
+            replaying it), ``pool_layer`` is a copy of slots on a GPU, or requires grad in grad mode.
     """
     if is_fake(pool_layer):
         return
@@ -69,4 +73,4 @@ def wait_pages(pool_layer: torch.Tensor, bank: int, layer: int) -> None:
             f"bank must be the handle of an open MemoryBank, got {bank}: closed, or none of this process"
         )
     check_range("layer", layer, 0, found.layers - 1)
-    found.wait(layer)
+    found.wait(layer, pool_layer)
