@@ -10,8 +10,10 @@ namespace {
 constexpr std::int64_t kChunkBytes = std::int64_t{2} << 20;
 
 BankOptions checked(BankOptions options) {
+  // What slots take from disk passes through one at least.
+  if (options.slots.count > 0) options.bounce_records = std::max<std::int64_t>(1, options.bounce_records);
+  if (options.disk.limit_bytes <= 0) options.bounce_records = 0;
   check_options(options);
-  if (options.disk.limit_bytes == 0) options.bounce_records = 0;
   options.host.record_bytes = options.disk.record_bytes = options.layout.record_bytes();
   return options;
 }
@@ -52,15 +54,19 @@ void Bank::State::send(Lock& lock) noexcept {
     std::vector<Job> jobs;
     jobs.swap(outbox);
     lock.unlock();
-    for (const Job& job : jobs) {
-      try {
-        pool->submit(job.kind, job.run);
-      } catch (...) {
-        job.run();
-      }
-    }
+    submit(jobs, 0);
     jobs.clear();
     lock.lock();
+  }
+}
+
+void Bank::State::submit(const std::vector<Job>& jobs, std::size_t first) noexcept {
+  for (; first < jobs.size(); ++first) {
+    try {
+      pool->submit(jobs[first].kind, jobs[first].run);
+    } catch (...) {
+      jobs[first].run();
+    }
   }
 }
 
@@ -127,6 +133,7 @@ void Bank::State::wait(std::int64_t layer, Stream stream) {
   prune(*device, fills);
   for (const StreamPoint& fill : fills) device->wait(stream, fill.point);
   if (late) ++counts.late_layers;
+  spill_ahead(false);
 }
 
 void Bank::State::release(const std::vector<Frame>& wanted, Stream stream) {
@@ -139,6 +146,7 @@ void Bank::State::release(const std::vector<Frame>& wanted, Stream stream) {
   for (const Frame frame : wanted) {
     if (frame >= 0) slots.release(frame, {stream, point});
   }
+  spill_ahead(false);
   tend();
 }
 
@@ -216,6 +224,7 @@ std::vector<Lost> Bank::settle() {
   State::Turn turn(*state_);
   state_->wait_for_reads(turn.lock);
   state_->copy_settled();
+  state_->spill_ahead(false);
   return state_->take_lost();
 }
 

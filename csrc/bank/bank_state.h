@@ -44,9 +44,10 @@ struct Entry;
 struct Spill {
   Entry* entry = nullptr;
   Record* record = nullptr;
-  std::shared_ptr<DiskPlace> place;
-  std::int64_t jobs = 0;  // that have not ended
+  std::shared_ptr<DiskPlace> place;  // null until there is one
+  std::int64_t jobs = 0;             // that have not ended
   bool failed = false;
+  bool refused = false;              // there was no place: failed, but the tier says so itself by its capacity
 };
 
 // A frame on its way from disk to host memory, and from there to its slot when settle() comes.
@@ -115,11 +116,14 @@ struct Bank::State {
   void read_pages(Fetch& fetch, std::int64_t first, std::int64_t count);
   void end_read(Fetch& fetch) noexcept;
   void read(Frame frame, std::byte* to);
-  void read_disk(Lock& lock, Frame frame, const std::shared_ptr<DiskPlace>& place, std::byte* to);
+  void read_host(Lock& lock, Record& record, std::byte* to);
+  std::int64_t read_disk(Lock& lock, const std::shared_ptr<DiskPlace>& place, std::byte* to, std::string& reason);
 
   // spill.cpp
   void start_spills(std::int64_t wanted, bool probe);
-  bool start_spill(Entry& entry);
+  void start_spill(Entry& entry);
+  void place_spill(const std::shared_ptr<Spill>& spill);
+  void spill_ahead(bool probe) noexcept;
   void spill_pages(Spill& spill, std::int64_t first, std::int64_t count);
   void end_spill(Spill& spill) noexcept;
   void make_room(Lock& lock, std::int64_t records, bool idle, const char* what);
@@ -145,6 +149,7 @@ struct Bank::State {
   void repair();
   void tend() noexcept;
   void send(Lock& lock) noexcept;
+  void submit(const std::vector<Job>& jobs, std::size_t first) noexcept;
   void wait_change(Lock& lock);
   void wait_point(Lock& lock, const EventRef& point);
   void check_open() const {
@@ -173,6 +178,7 @@ struct Bank::State {
   std::int64_t callers = 0;             // public calls under way
   std::int64_t working = 0;             // spills, fetches and readers under way
   std::int64_t spilling = 0;            // spills alone
+  std::int64_t placing = 0;             // of those, without a place on disk yet
   std::vector<Job> outbox;              // handed to the pool without the mutex, see send()
 
   std::map<Frame, Entry> frames;

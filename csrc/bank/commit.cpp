@@ -76,7 +76,7 @@ void Bank::State::commit(const std::vector<Frame>& wanted, const std::vector<Pag
   }
   publish(storing, replace);
   fill_free_slots(wanted, pages, stream);
-  start_spills(options.bounce_records + options.commit_records, true);
+  spill_ahead(true);
   tend();
 }
 
@@ -309,7 +309,7 @@ void Bank::State::insert(Frame frame, const std::byte* bytes, std::int64_t gener
   records->move(record, Record::Place::kOnly);
   records->touch(record);
   frames.merge(fresh);
-  start_spills(options.bounce_records + options.commit_records, true);
+  spill_ahead(true);
 }
 
 }  // namespace longlive::bank

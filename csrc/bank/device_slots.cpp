@@ -84,10 +84,14 @@ void DeviceSlots::drop(Device& device, Frame frame) noexcept {
     while (table_->pins(frame) > 0) table_->unpin(frame);
     for (const Stream stream : held.readers) {
       try {
-        held.released.push_back({stream, nullptr});
-        held.released.back().point = device.record(stream);
+        // A point in a graph that is being captured is none that copies outside of it could wait for.
+        if (device.capturing(stream)) {
+          unmarked(slot, stream);
+          continue;
+        }
+        held.released.reserve(held.released.size() + 1);
+        held.released.push_back({stream, device.record(stream)});
       } catch (...) {
-        if (!held.released.empty() && !held.released.back().point) held.released.pop_back();
         unmarked(slot, stream);
       }
     }
@@ -111,13 +115,8 @@ void DeviceSlots::collect(Device& device, Slot slot, std::vector<EventRef>& poin
   State& held = state(slot);
   while (!held.marks.empty()) {
     const Stream stream = held.marks.back();
-    held.released.push_back({stream, nullptr});
-    try {
-      held.released.back().point = device.record(stream);
-    } catch (...) {
-      held.released.pop_back();
-      throw;
-    }
+    held.released.reserve(held.released.size() + 1);
+    held.released.push_back({stream, device.record(stream)});
     held.marks.pop_back();
   }
   prune(device, held.released);

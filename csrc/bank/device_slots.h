@@ -48,7 +48,10 @@ class DeviceSlots {
 
   // Copies into a slot: what they must wait for, and where they end.
   void collect(Device& device, Slot slot, std::vector<EventRef>& points);
-  void filling(Slot slot, const EventRef& point) noexcept { state(slot).filled = point; }
+  void filling(Slot slot, const EventRef& point) noexcept {
+    state(slot).filled = point;
+    state(slot).fresh = false;
+  }
   // Copies into a slot that may be under way on `stream`, without a point.
   void unmarked(Slot slot, Stream stream) noexcept;
   // A slot's memory was written, before the bank had it, by work on some stream; `point` is the caller's word for it.

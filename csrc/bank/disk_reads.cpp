@@ -99,15 +99,35 @@ void Bank::State::end_read(Fetch& fetch) noexcept {
 void Bank::State::read(Frame frame, std::byte* to) {
   if (to == nullptr) throw std::invalid_argument("address must not be null");
   Turn turn(*this);
-  repair();
-  Entry* entry = find(frame);
-  if (entry == nullptr) throw std::out_of_range("frame " + std::to_string(frame) + " is not in the bank");
-  if (entry->host == nullptr) {
+  for (;;) {
+    Entry* entry = find(frame);
+    if (entry == nullptr) throw std::out_of_range("frame " + std::to_string(frame) + " is not in the bank");
+    if (entry->host != nullptr) return read_host(turn.lock, *entry->host, to);
+    if (entry->fetch) {  // read and checked already
+      wait_change(turn.lock);
+      continue;
+    }
     const std::shared_ptr<DiskPlace> place = entry->disk;
-    read_disk(turn.lock, frame, place, to);
-    return;
+    std::string reason;
+    const std::int64_t bad = read_disk(turn.lock, place, to, reason);
+    if (bad == 0) return;
+    counts.damaged_pages += bad;
+    check_open();
+    entry = find(frame);
+    if (entry == nullptr || entry->disk != place || entry->fetch) continue;
+    if (entry->host != nullptr) {  // somebody else could read it
+      entry->disk.reset();
+      --disk_frames;
+      records->move(*entry->host, Record::Place::kOnly);
+      continue;
+    }
+    drop_damaged(*entry, reason);
+    tend();
+    throw Damaged("frame " + std::to_string(frame) + " is " + reason);
   }
-  Record& record = *entry->host;
+}
+
+void Bank::State::read_host(Lock& lock, Record& record, std::byte* to) {
   EventRef point;
   if (!records->stored(record)) point = record.written->back();
   struct User {  // keeps the record as it is
@@ -117,6 +137,7 @@ void Bank::State::read(Frame frame, std::byte* to) {
     User(State& the_state, Record& the_record, Lock& the_lock) : state(the_state), record(the_record), lock(the_lock) {
       ++record.users;
       ++state.working;
+      state.send(lock);
       lock.unlock();
     }
     ~User() {
@@ -127,45 +148,39 @@ void Bank::State::read(Frame frame, std::byte* to) {
       state.tend();
       state.changed.notify_all();
     }
-  } user(*this, record, turn.lock);
+  };
+  const User user(*this, record, lock);
   if (point) device->synchronize(point);
   std::memcpy(to, record.memory, static_cast<std::size_t>(options.layout.record_bytes()));
 }
 
-void Bank::State::read_disk(Lock& lock, Frame frame, const std::shared_ptr<DiskPlace>& place, std::byte* to) {
+// Returns the number of bad pages, and why the first of them is.
+std::int64_t Bank::State::read_disk(Lock& lock, const std::shared_ptr<DiskPlace>& place, std::byte* to,
+                                    std::string& reason) {
   const PageLayout& layout = options.layout;
   std::int64_t bad = 0;
-  std::string reason;
+  send(lock);
   lock.unlock();
   try {
     // The caller's memory need not be aligned as direct I/O wants it.
     const auto bytes = static_cast<std::size_t>(std::min(chunk_pages(), layout.pages()) * layout.page_bytes);
     const std::unique_ptr<void, decltype(&std::free)> buffer(std::aligned_alloc(kAlignment, bytes), &std::free);
     if (!buffer) throw std::bad_alloc();
+    auto* from = static_cast<std::byte*>(buffer.get());
     split([&](std::int64_t first, std::int64_t count) {
       std::string found;
-      auto* from = static_cast<std::byte*>(buffer.get());
       const std::int64_t damaged = read_checked(*disk, *place, layout, first, count, from, found);
       if (damaged > 0 && bad == 0) reason = std::move(found);
       bad += damaged;
-      if (bad == 0) {
-        std::memcpy(to + first * layout.page_bytes, from, static_cast<std::size_t>(count * layout.page_bytes));
-      }
+      if (bad > 0) return;
+      std::memcpy(to + first * layout.page_bytes, from, static_cast<std::size_t>(count * layout.page_bytes));
     });
   } catch (...) {
     lock.lock();
     throw;
   }
   lock.lock();
-  if (bad == 0) return;
-  Entry* entry = find(frame);
-  counts.damaged_pages += bad;
-  if (entry != nullptr && entry->disk == place) {
-    // Another thread may have read the page well, or have it in host memory: still, what disk has of it is gone.
-    drop_damaged(*entry, reason);
-    tend();
-  }
-  throw Damaged("frame " + std::to_string(frame) + " is " + reason);
+  return bad;
 }
 
 }  // namespace longlive::bank

@@ -39,6 +39,7 @@ void Bank::State::prefetch(const std::vector<Frame>& wanted, Stream stream) {
     }
     if (choose_fetch(fetching)) {
       begin_fetch(fetching, stream);
+      spill_ahead(false);
       return;
     }
     make_room(turn.lock, static_cast<std::int64_t>(fetching.reads.size()), true, "prefetch");
@@ -108,8 +109,7 @@ void Bank::State::begin_fetch(Fetching& fetching, Stream stream) {
           ++counts.evictions;
         }
         if (!acquired[i].is_new) continue;
-        if (slots.lookup(fetching.frames[i]) != acquired[i].slot) continue;
-        if (std::find(fresh.begin(), fresh.end(), fetching.frames[i]) == fresh.end()) fresh.push_back(fetching.frames[i]);
+        fresh.push_back(fetching.frames[i]);
         find(fetching.frames[i])->filled = false;
       }
       for (const Frame frame : fresh) {

@@ -86,8 +86,10 @@ void Bank::State::clear() {
 std::int64_t Bank::State::room() const {
   std::int64_t capacity = records->stats().capacity;
   if (disk) {
-    // A disk that refuses to be written to still holds what it holds.
-    capacity += (spill_failures < kMostSpillFailures ? disk->stats().capacity : disk_frames) - options.bounce_records;
+    // A disk that refuses to be written to still holds what it holds, and no more needs to be fetched from it.
+    const bool failing = spill_failures >= kMostSpillFailures;
+    const std::int64_t held = failing ? disk_frames : disk->stats().capacity;
+    capacity += held - std::min(held, options.bounce_records);
   }
   return capacity - static_cast<std::int64_t>(frames.size());
 }

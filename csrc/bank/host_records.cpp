@@ -9,11 +9,11 @@ namespace longlive::bank {
 HostRecords::HostRecords(Device& device, const ArenaOptions& options) : device_(device), arena_(device, options) {}
 
 void HostRecords::choose_free(Choice& choice, std::int64_t count, bool idle) {
+  choice.fresh = std::min(count, std::max<std::int64_t>(0, free_count()));
   for (Record& record : loose) {
     if (choice.size() >= count) return;
     if (record.users == 0 && (!idle || quiet(record))) choice.loose.push_back(&record);
   }
-  choice.fresh = std::clamp<std::int64_t>(count - choice.size(), 0, std::max<std::int64_t>(0, free_count()));
 }
 
 void HostRecords::take_fresh(std::int64_t count, std::vector<Record*>& taken) {

@@ -16,32 +16,69 @@ void Bank::State::start_spills(std::int64_t wanted, bool probe) {
   };
   const bool failing = spill_failures >= kMostSpillFailures;
   if (failing && (!probe || spilling > 0)) return;
-  for (auto record = records->only.begin(); record != records->only.end() && !enough();) {
+  const DiskStats stats = disk->stats();
+  std::int64_t places = stats.capacity - stats.used - placing;
+  for (auto record = records->only.begin(); record != records->only.end() && places > 0 && !enough();) {
     Entry& entry = *record->owner;
     const bool ready = !entry.spill && records->stored(*record);
     ++record;
     if (!ready) continue;
-    if (!start_spill(entry) || failing) return;
+    start_spill(entry);
+    if (failing) return;
+    --places;
   }
 }
 
-bool Bank::State::start_spill(Entry& entry) {
+void Bank::State::start_spill(Entry& entry) {
   auto spill = std::make_shared<Spill>();
-  spill->place = std::make_shared<DiskPlace>(*disk, options.layout.pages());
-  if (spill->place->extent < 0) return false;
   spill->entry = &entry;
   spill->record = entry.host;
-  spill->jobs = chunks();
-  std::vector<Job> jobs;
-  split([&](std::int64_t first, std::int64_t count) {
-    jobs.push_back({IoPool::Kind::kWrite, [this, spill, first, count] { spill_pages(*spill, first, count); }});
-  });
-  outbox.insert(outbox.end(), jobs.begin(), jobs.end());
-  entry.spill = spill;
+  spill->jobs = 1;
+  outbox.push_back({IoPool::Kind::kWrite, [this, spill] { place_spill(spill); }});
+  entry.spill = std::move(spill);
   ++entry.host->users;
+  ++placing;
   ++spilling;
   ++working;
-  return true;
+}
+
+// A job: finds a place, which may take as long as a file system needs to make room for a shard, and starts the others.
+void Bank::State::place_spill(const std::shared_ptr<Spill>& spill) {
+  std::shared_ptr<DiskPlace> place;
+  std::vector<Job> jobs;
+  bool failed = abandoned.load(std::memory_order_relaxed), refused = false;
+  try {
+    if (!failed) place = std::make_shared<DiskPlace>(*disk, options.layout.pages());
+    refused = place && place->extent < 0;
+    split([&](std::int64_t first, std::int64_t count) {
+      jobs.push_back({IoPool::Kind::kWrite, [this, spill, first, count] { spill_pages(*spill, first, count); }});
+    });
+  } catch (...) {  // no memory
+    failed = true;
+  }
+  {
+    const Lock lock(mutex);
+    --placing;
+    if (failed || refused) {
+      spill->failed = true;
+      spill->refused = refused;
+      end_spill(*spill);
+      return;
+    }
+    spill->place = place;
+    spill->jobs = static_cast<std::int64_t>(jobs.size());
+  }
+  place.reset();
+  submit(jobs, 1);
+  jobs.front().run();
+}
+
+// So that the next commit and the next fetch need not wait.
+void Bank::State::spill_ahead(bool probe) noexcept {
+  try {
+    start_spills(options.bounce_records + options.commit_records, probe);
+  } catch (...) {  // no memory: another time
+  }
 }
 
 // A job. Nothing writes the record meanwhile: it has a user.
@@ -73,7 +110,7 @@ void Bank::State::end_spill(Spill& spill) noexcept {
     spill_failures = 0;
     ++counts.spilled;
   } else if (!closing) {
-    ++spill_failures;
+    if (!spill.refused) ++spill_failures;
     ++counts.failed_spills;
   }
   if (spill.entry != nullptr) {
