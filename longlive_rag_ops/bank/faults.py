@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -53,4 +54,12 @@ class FaultWatch:
     def _say(self, kind: str, text: str, again: bool = False) -> None:
         if again or kind not in self._said:
             self._said.add(kind)
-            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Where this package was called from, as `warnings.warn` counts from `FaultWatch._say`."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__name__.partition('.')[0]}."):
+        frame, level = frame.f_back, level + 1
+    return level

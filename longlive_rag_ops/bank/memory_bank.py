@@ -227,6 +227,11 @@ class MemoryBank:
             except BankFull:  # the system has refused memory that the bank counted on: there is less room now
                 if replace or self._core.room() >= len(frames):
                     raise
+            except BaseException:  # a device that fails in the middle may take a frame that was being replaced
+                for frame in frames:
+                    if frame not in self:
+                        self._catalogue.drop(frame)
+                raise
 
     def forget(self, frames: Iterable[int]) -> None:
         """Drops frames from every tier and from the index, sink frames too.

@@ -433,7 +433,7 @@ def test_damaged_pages_are_misses_and_leave_the_index(tmp_path: Path, direct: bo
         bank.prefetch([first, 11])
         with pytest.warns(RuntimeWarning, match=rf"frame {first} is lost, damaged: layer \d, sample \d: ") as caught:
             lost = bank.settle()
-        assert len(caught) == 1
+        assert len(caught) == 1 and caught[0].filename == __file__
         assert [frame for frame, _ in lost if frame != 11] == [first]
         assert re.fullmatch(r"damaged: layer \d, sample \d: .*", dict(lost)[first])
         assert first not in bank and bank.pins(first) == 0 and bank.slot(first) == -1
@@ -539,6 +539,15 @@ def test_what_went_wrong_is_said_once(changes: Any, options: dict[str, Any], tex
         assert warning.category is RuntimeWarning and re.search(f"^bank 7: .*{text}", str(warning.message))
     quiet = FaultWatch("bank 8", BankConfig(host_bytes=1), locks=False)
     quiet.check(core_statistics(host={"pageable_slabs": 1}))
+
+
+def test_the_example_in_the_documentation() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "bank.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["bank"].closed and scope["pages"].shape == (2, 1, 2, 4, 2, 8)
+    assert scope["pages"][0, 0, 0].equal(scope["keys"][1, 0, scope["found"][0]])
 
 
 # Errors
