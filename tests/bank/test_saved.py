@@ -10,6 +10,7 @@ import torch
 from saved_cases import SINK, config, data_file, fill, filled, held, names, opened, page_format
 
 from longlive_rag_ops.bank import BankFull, DamagedPage, MemoryBank
+from longlive_rag_ops.bank.saved_folder import SavedFolder
 from longlive_rag_ops.bank.saved_manifest import SavedBankError
 
 ONE = ["index", "lock", "manifest", "pages"]
@@ -237,6 +238,22 @@ def test_commits_wait_for_a_save_and_nothing_else_does(tmp_path: Path, monkeypat
         changing.join(20)
         assert 8 in bank and bank.generation(3) == have[3].generation + 1
     assert opened(tmp_path)[0] == have
+
+
+@pytest.mark.parametrize("kind", ["pages", "index"])
+def test_a_save_between_the_manifest_and_its_files(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with filled(page_format(), 3, 1) as old, filled(page_format(), 4, 2) as new:
+        old.save(tmp_path)
+        have, open_file = held(new), SavedFolder.open
+        saved = []
+
+        def late(folder: SavedFolder, name: str) -> int:
+            if name.startswith(kind) and not saved:
+                saved.append(new.save(tmp_path))
+            return open_file(folder, name)
+
+        monkeypatch.setattr(SavedFolder, "open", late)
+        assert opened(tmp_path) == (have, []) and saved == [[]]
 
 
 def test_opening_while_it_is_saved_again_and_again(tmp_path: Path) -> None:

@@ -202,10 +202,35 @@ def test_a_full_file_system(tmp_path: Path) -> None:
                 old.save(folder)
             assert opened(folder) == (held(old), []) and names(folder) == ONE
             (small / "filler").unlink()
+            (folder / f"pages-{'0' * 32}.safetensors").write_bytes(bytes(90_000))  # of a save that was killed
             old.save(folder)
             assert opened(folder) == (held(old), []) and names(folder) == ONE
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_lack_of_space_shows_before_anything_is_written(
+    tmp_path: Path, banks: tuple[MemoryBank, MemoryBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as the file system can tell; one that cannot set space aside is written to all the same."""
+
+    def refused(code: int) -> Any:
+        def allocate(fd: int, offset: int, size: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return allocate
+
+    bank, read = banks[0], banks[0].record
+    records: list[int] = []
+    monkeypatch.setattr(bank, "record", lambda frame, out: (records.append(frame), read(frame, out)))
+    monkeypatch.setattr(os, "posix_fallocate", refused(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        bank.save(tmp_path)
+    assert not records and names(tmp_path) == ["lock"]
+    monkeypatch.setattr(os, "posix_fallocate", refused(errno.EOPNOTSUPP))
+    bank.save(tmp_path)
+    monkeypatch.undo()
+    assert records == bank.frames() and opened(tmp_path) == (held(bank), [])
 
 
 def test_one_save_at_a_time(tmp_path: Path, banks: tuple[MemoryBank, MemoryBank], monkeypatch: Any) -> None:
