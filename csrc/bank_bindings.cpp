@@ -29,7 +29,8 @@ std::vector<Frame> to_frames(const py::handle& values) {
 }
 
 // A tuple or list of `count` integers.
-std::vector<py::object> to_items(const py::handle& value, const std::string& name, std::size_t count, const char* what) {
+std::vector<py::object> to_items(const py::handle& value, const std::string& name, std::size_t count,
+                                 const char* what) {
   std::vector<py::object> items;
   if (py::isinstance<py::sequence>(value)) {
     for (const py::handle item : py::iter(value)) items.push_back(py::reinterpret_borrow<py::object>(item));
@@ -82,8 +83,8 @@ std::vector<PageSource> to_pages(const py::handle& values) {
 
 std::unique_ptr<Bank> make_bank(const py::object& layers, const py::object& samples, const py::object& page_bytes,
                                 const py::object& segments, const py::object& slots, const py::object& first_slot,
-                                const py::object& slot_count, const py::object& host_bytes, const py::object& slab_bytes,
-                                bool lock, const py::object& disk_bytes, const py::object& shard_bytes,
+                                const py::object& slot_count, const py::object& host_bytes,
+                                const py::object& slab_bytes, bool lock, const py::object& disk_bytes, const py::object& shard_bytes,
                                 const std::string& spill, bool direct_io, const py::object& io_threads,
                                 const py::object& bounce_records, const py::object& commit_records,
                                 const std::string& device, const py::object& ordinal, const std::string& driver) {

@@ -30,8 +30,8 @@ inline std::int64_t to_int64(pybind11::handle value, const std::string& name) {
 inline std::int64_t to_int64(pybind11::handle value, const std::string& name, std::int64_t least, std::int64_t most) {
   const std::int64_t result = to_int64(value, name);
   if (result < least || result > most) {
-    throw std::invalid_argument(name + " must be in " + std::to_string(least) + " .. " + std::to_string(most) + ", got " +
-                                std::to_string(result));
+    throw std::invalid_argument(name + " must be in " + std::to_string(least) + " .. " + std::to_string(most) +
+                                ", got " + std::to_string(result));
   }
   return result;
 }

@@ -91,7 +91,6 @@ struct Bank::State {
 
   // commit.cpp
   void commit(const std::vector<Frame>& frames, const std::vector<PageSource>& pages, Stream stream, bool replace);
-  void insert(Frame frame, const std::byte* bytes, std::int64_t generation);
   struct Storing;
   void check_sources(const std::vector<Frame>& frames, const std::vector<PageSource>& pages) const;
   void check_presence(const std::vector<Frame>& frames, bool replace) const;
@@ -100,6 +99,9 @@ struct Bank::State {
   void abandon(Storing& storing) noexcept;
   void publish(Storing& storing, bool replace) noexcept;
   void fill_free_slots(const std::vector<Frame>& frames, const std::vector<PageSource>& pages, Stream stream) noexcept;
+
+  // insertion.cpp
+  void insert(Frame frame, const std::byte* bytes, std::int64_t generation);
 
   // fetch.cpp
   void prefetch(const std::vector<Frame>& frames, Stream stream);

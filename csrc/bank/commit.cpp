@@ -1,6 +1,5 @@
-// commit() and insert(): frames enter the bank.
+// commit(): frames enter the bank from the device.
 #include <algorithm>
-#include <cstring>
 #include <set>
 #include <utility>
 
@@ -146,8 +145,8 @@ void Bank::State::store(Storing& storing, const std::vector<PageSource>& pages, 
           const PageSource::Part& part = pages[i].parts[s];
           const Segment& segment = layout.segments[s];
           const std::byte* to = storing.records[i]->memory + layout.page_offset(layer, sample) + segment.offset;
-          copies.push_back({reinterpret_cast<std::uintptr_t>(to),
-                            part.base + static_cast<std::uintptr_t>(layer * part.layer_stride + sample * part.sample_stride),
+          const std::int64_t at = layer * part.layer_stride + sample * part.sample_stride;
+          copies.push_back({reinterpret_cast<std::uintptr_t>(to), part.base + static_cast<std::uintptr_t>(at),
                             segment.bytes});
         }
       }
@@ -212,7 +211,7 @@ void Bank::State::publish(Storing& storing, bool replace) noexcept {
 void Bank::State::fill_free_slots(const std::vector<Frame>& wanted, const std::vector<PageSource>& pages,
                                   Stream stream) noexcept {
   const PageLayout& layout = options.layout;
-  const auto count = static_cast<std::size_t>(std::min<std::int64_t>(slots.free(), static_cast<std::int64_t>(wanted.size())));
+  const std::size_t count = std::min(static_cast<std::size_t>(slots.free()), wanted.size());
   if (count == 0) return;
   std::size_t acquired = 0;
   bool copying = false;
@@ -255,61 +254,6 @@ void Bank::State::fill_free_slots(const std::vector<Frame>& wanted, const std::v
       slots.drop(*device, wanted[i]);
     }
   }
-}
-
-void Bank::State::insert(Frame frame, const std::byte* bytes, std::int64_t generation) {
-  if (bytes == nullptr) throw std::invalid_argument("record must not be null");
-  if (generation < 0) throw std::invalid_argument("generation must be >= 0, got " + std::to_string(generation));
-  Turn turn(*this);
-  const auto check = [&] {
-    check_presence({frame}, false);
-    if (room() < 1) throw BankFull("cannot insert frame " + std::to_string(frame) + ": the bank is full");
-  };
-  std::vector<Record*> taken;
-  for (;;) {
-    repair();
-    check();
-    tend();
-    const HostRecords::Choice choice =
-        records->choose(1, true, [](const Record& record) { return !record.owner->fetch; });
-    if (choice.size() == 1) {
-      taken = records->take(choice, [&](Record& record) {
-        record.owner->host = nullptr;
-        ++counts.host_drops;
-      });
-      if (!taken.empty()) break;
-    }
-    make_room(turn.lock, 1, true, "insert");
-  }
-  Record& record = *taken.front();
-  ++working;
-  turn.lock.unlock();
-  const PageLayout& layout = options.layout;
-  std::memcpy(record.memory, bytes, static_cast<std::size_t>(layout.record_bytes()));
-  zero_gaps(layout, record.memory, 0, layout.pages());
-  turn.lock.lock();
-  --record.users;
-  --working;
-  ++changes;
-  changed.notify_all();
-  std::map<Frame, Entry> fresh;
-  try {
-    check_open();
-    check();
-    fresh[frame].frame = frame;
-  } catch (...) {
-    tend();
-    throw;
-  }
-  Entry& entry = fresh.begin()->second;
-  entry.generation = generation;
-  entry.host = &record;
-  record.owner = &entry;
-  record.used = 0;
-  records->move(record, Record::Place::kOnly);
-  records->touch(record);
-  frames.merge(fresh);
-  spill_ahead(true);
 }
 
 }  // namespace longlive::bank

@@ -16,8 +16,8 @@ bool reached(Device& device, EventRef& point) noexcept {
 }
 
 void prune(Device& device, std::vector<StreamPoint>& points) noexcept {
-  points.erase(std::remove_if(points.begin(), points.end(), [&](StreamPoint& mark) { return reached(device, mark.point); }),
-               points.end());
+  const auto past = [&](StreamPoint& mark) { return reached(device, mark.point); };
+  points.erase(std::remove_if(points.begin(), points.end(), past), points.end());
 }
 
 DeviceSlots::DeviceSlots(const SlotGeometry& geometry) : geometry_(geometry) {

@@ -38,8 +38,8 @@ class DeviceSlots {
   std::vector<SlotTable::Acquired> acquire(const std::vector<Frame>& frames) { return table_->acquire_many(frames); }
   // One more pin, of a reader on `stream`.
   void pin(Frame frame, Stream stream);
-  // `point`: where `stream` has read the slot for the last time. Takes back a pin, if there is one. The two halves: what can
-  // fail, and what cannot.
+  // `point`: where `stream` has read the slot for the last time. Takes back a pin, if there is one. The two halves:
+  // what can fail, and what cannot.
   void expect_release(Frame frame);
   void release(Frame frame, const StreamPoint& point) noexcept;
   void unpin(Frame frame) noexcept;

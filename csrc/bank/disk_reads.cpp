@@ -21,8 +21,8 @@ std::string fault(DiskTier& disk, const DiskPlace& place, const PageLayout& layo
       return name + error.what();
     }
   }
-  if (crc32c(to, static_cast<std::size_t>(layout.page_bytes)) == place.checksums[static_cast<std::size_t>(page)]) return "";
-  return name + "the checksum is wrong";
+  const std::uint32_t found = crc32c(to, static_cast<std::size_t>(layout.page_bytes));
+  return found == place.checksums[static_cast<std::size_t>(page)] ? "" : name + "the checksum is wrong";
 }
 
 // Reads pages `first` .. `first + count - 1` to `to`; returns how many are bad, and why the first of them is.
@@ -59,7 +59,8 @@ void Bank::State::read_pages(Fetch& fetch, std::int64_t first, std::int64_t coun
   if (!skip) {
     const PageLayout& layout = options.layout;
     try {
-      bad = read_checked(*disk, *fetch.place, layout, first, count, fetch.record->memory + first * layout.page_bytes, reason);
+      std::byte* to = fetch.record->memory + first * layout.page_bytes;
+      bad = read_checked(*disk, *fetch.place, layout, first, count, to, reason);
     } catch (...) {  // no memory for the reason
       bad = std::max<std::int64_t>(bad, 1);
       reason = "damaged";

@@ -29,9 +29,9 @@ struct Record {
 
 // Not thread-safe: the bank serialises the calls.
 //
-// Every record that the arena gave out is in one of three lists: `only` (the frame is on disk nowhere else), `both` (it is on
-// disk, too, so that the record may be dropped), in order of use; `loose`: no frame's. A loose record without users is given
-// back as soon as the device is done with it.
+// Every record that the arena gave out is in one of three lists: `only` (a frame that disk does not have) and `both`
+// (one that it has, so that the record may be dropped), in order of use; `loose`: no frame's. A loose record without
+// users is given back as soon as the device is done with it.
 class HostRecords {
  public:
   using List = std::list<Record>;
@@ -45,9 +45,9 @@ class HostRecords {
     std::int64_t fresh = 0;      // of the arena
     std::int64_t size() const { return static_cast<std::int64_t>(loose.size() + drops.size()) + fresh; }
   };
-  // At most `count`. `idle`: the host will write them, so that nothing may be under way in them; else copies of the device
-  // may be, and the next ones are put behind. `may_drop` says which frames may lose their record, and is asked for no more
-  // than are needed.
+  // At most `count`. `idle`: the host will write them, so that nothing may be under way in them; else copies of the
+  // device may be, and the next ones are put behind. `may_drop` says which frames may lose their record, and is asked
+  // for no more than are needed.
   template <typename MayDrop>
   Choice choose(std::int64_t count, bool idle, MayDrop may_drop) {
     Choice choice;
@@ -60,8 +60,9 @@ class HostRecords {
   }
   void choose_free(Choice& choice, std::int64_t count, bool idle);
 
-  // The chosen records, loose, each with one user: the caller. Calls lose(record) before a frame loses its record. Fewer
-  // than chosen when the system refuses memory. Throws std::bad_alloc; what was taken is loose without users then.
+  // The chosen records, loose, each with one user: the caller. Calls lose(record) before a frame loses its record.
+  // Fewer than chosen when the system refuses memory. Throws std::bad_alloc; what was taken is loose without users
+  // then.
   template <typename Lose>
   std::vector<Record*> take(const Choice& choice, Lose lose) {
     std::vector<Record*> taken;

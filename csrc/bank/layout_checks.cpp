@@ -30,7 +30,7 @@ void check_layout(const PageLayout& layout) {
     const Segment& segment = layout.segments[i];
     const std::string name = "segments[" + std::to_string(i) + "]";
     if (segment.bytes < 1) refuse(name + ".bytes", segment.bytes, ">= 1");
-    if (segment.offset < end) refuse(name + ".offset", segment.offset, ">= the end of the one before, " + std::to_string(end));
+    if (segment.offset < end) refuse(name + ".offset", segment.offset, ">= " + std::to_string(end));
     if (segment.bytes > layout.page_bytes || segment.offset > layout.page_bytes - segment.bytes) {
       refuse(name + "'s end", segment.offset + segment.bytes, "<= page_bytes = " + std::to_string(layout.page_bytes));
     }

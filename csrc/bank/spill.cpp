@@ -6,8 +6,8 @@
 
 namespace longlive::bank {
 
-// Starts spills, least recently used frames first, until `wanted` records are free, droppable or about to be. `probe`: a
-// disk that failed too often gets one more frame to show that it works again.
+// Starts spills, least recently used frames first, until `wanted` records are free, droppable or about to be. `probe`:
+// a disk that failed too often gets one more frame to show that it works again.
 void Bank::State::start_spills(std::int64_t wanted, bool probe) {
   if (!disk || closing || unmarked_to_host) return;
   const auto enough = [&] {

@@ -22,8 +22,8 @@ struct Model {
   Frame next = 0;
 };
 
-// One random run. Compute streams write the pages that are committed, overwrite them after wait(), and read slots; all of
-// it late. What they read is compared when they do.
+// One random run. Compute streams write the pages that are committed, overwrite them after wait(), and read slots; all
+// of it late. What they read is compared when they do.
 void run(unsigned seed, int operations, std::int64_t host, std::int64_t disk, Slot slot_count) {
   Rig rig(slot_count, host, disk, 2, 2);
   std::mt19937 random(seed);
