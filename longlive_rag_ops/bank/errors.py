@@ -16,6 +16,18 @@ class DamagedPage(RuntimeError):
     """A stored page failed its checksum or could not be read. The frame is gone from the bank."""
 
 
+class SavedBankError(ValueError):
+    """A saved bank that cannot be opened; the message says why."""
+
+
+class NoSavedBank(SavedBankError):
+    """There is no saved bank."""
+
+
+class NewerVersion(SavedBankError):
+    """A saved bank of a version that is not known here."""
+
+
 @contextmanager
 def core_errors() -> Iterator[None]:
     """Raises the core's own exceptions as those of this module."""

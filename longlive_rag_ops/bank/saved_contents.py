@@ -20,8 +20,9 @@ import torch
 
 from ..index import FrameIndex
 from ..safetensors_file import DTYPES, header_bytes, parse_safetensors
+from .errors import SavedBankError
 from .page_format import PageFormat
-from .saved_manifest import LARGEST, Manifest, SavedBankError
+from .saved_manifest import LARGEST, Manifest
 
 
 class SavedIndex(NamedTuple):

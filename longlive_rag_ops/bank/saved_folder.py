@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .saved_manifest import DATA_NAME, MANIFEST, MAX_BYTES, Manifest, NoSavedBank, SavedBankError, is_manifest
+from .errors import NoSavedBank, SavedBankError
+from .saved_manifest import DATA_NAME, MANIFEST, MAX_BYTES, Manifest, is_manifest
 
 Buffer = bytes | bytearray | memoryview
 LOCK = ".lock"

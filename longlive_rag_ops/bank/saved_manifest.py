@@ -15,6 +15,7 @@ from ..build_info import extension
 from ..ops.checks import LARGEST_FRAME
 from ..safetensors_file import DTYPES, MAX_HEADER
 from ..version import __version__
+from .errors import NewerVersion, NoSavedBank, SavedBankError
 from .page_format import ALIGNMENT, PageFormat
 
 MANIFEST = "manifest.json"
@@ -28,18 +29,6 @@ DATA_NAME = re.compile(r"(pages|index)-[0-9a-f]{32}\.safetensors", re.ASCII)
 # The checksum is that of every byte after this, so that any byte that differs shows.
 _BEGINNING = re.compile(rb'\{"crc32c": "([0-9a-f]{8})",\n')
 _EMBEDDINGS = ("F32", "F64")
-
-
-class SavedBankError(ValueError):
-    """A saved bank that cannot be opened; the message says why."""
-
-
-class NoSavedBank(SavedBankError):
-    """There is no saved bank."""
-
-
-class NewerVersion(SavedBankError):
-    """A saved bank of a version that is not known here."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Prints; 1 when something is damaged."""
-    from ..bank.saved_manifest import NewerVersion, NoSavedBank, SavedBankError
+    from ..bank import NewerVersion, NoSavedBank, SavedBankError
     from ..bank.saved_reader import SavedBank
 
     try:

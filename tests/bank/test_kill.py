@@ -17,8 +17,7 @@ import torch
 from kill_server import FORM, embedding_of, frames_of
 from saved_cases import names
 
-from longlive_rag_ops.bank import BankConfig, MemoryBank
-from longlive_rag_ops.bank.saved_manifest import NoSavedBank
+from longlive_rag_ops.bank import BankConfig, MemoryBank, NoSavedBank
 
 KILLS = 150  # random instants, of each of two kinds
 LIMITS = BankConfig(host_bytes=12 * FORM.record_bytes, slab_bytes=12 * FORM.record_bytes, io_threads=1)

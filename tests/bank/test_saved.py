@@ -9,9 +9,8 @@ import pytest
 import torch
 from saved_cases import SINK, config, data_file, fill, filled, held, names, opened, page_format
 
-from longlive_rag_ops.bank import BankFull, DamagedPage, MemoryBank
+from longlive_rag_ops.bank import BankFull, DamagedPage, MemoryBank, SavedBankError
 from longlive_rag_ops.bank.saved_folder import SavedFolder
-from longlive_rag_ops.bank.saved_manifest import SavedBankError
 
 ONE = ["index", "lock", "manifest", "pages"]
 

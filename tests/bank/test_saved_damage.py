@@ -25,8 +25,8 @@ from saved_cases import (
     write_manifest,
 )
 
-from longlive_rag_ops.bank import MemoryBank
-from longlive_rag_ops.bank.saved_manifest import MANIFEST, NewerVersion, NoSavedBank, SavedBankError
+from longlive_rag_ops.bank import MemoryBank, NewerVersion, NoSavedBank, SavedBankError
+from longlive_rag_ops.bank.saved_manifest import MANIFEST
 
 RECORD = page_format().record_bytes
 HEADER = 4096  # of the file of pages
