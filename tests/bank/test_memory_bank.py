@@ -543,7 +543,7 @@ def test_what_went_wrong_is_said_once(changes: Any, options: dict[str, Any], tex
 
 def test_the_example_in_the_documentation() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "bank.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     scope: dict[str, Any] = {}
     exec(code, scope)
     assert scope["bank"].closed and scope["pages"].shape == (2, 1, 2, 4, 2, 8)
@@ -691,7 +691,7 @@ def test_a_closed_bank_says_so_in_every_call() -> None:
         "unchanged": (),
     }
     # Those that are left look at nothing but what was given.
-    public = {name for name in vars(MemoryBank) if not name.startswith("_")} | {"__len__", "__contains__", "__enter__"}
+    public = {name for name in dir(MemoryBank) if not name.startswith("_")} | {"__len__", "__contains__", "__enter__"}
     assert public - set(calls) == {"close", "closed", "index", "pins", "open", "count_opened"}
     for name, arguments in calls.items():
         with pytest.raises(RuntimeError, match=rf"<MemoryBank {bank.handle}: .*closed> is closed"):
