@@ -84,8 +84,8 @@ std::vector<PageSource> to_pages(const py::handle& values) {
 std::unique_ptr<Bank> make_bank(const py::object& layers, const py::object& samples, const py::object& page_bytes,
                                 const py::object& segments, const py::object& slots, const py::object& first_slot,
                                 const py::object& slot_count, const py::object& host_bytes,
-                                const py::object& slab_bytes, bool lock, const py::object& disk_bytes, const py::object& shard_bytes,
-                                const std::string& spill, bool direct_io, const py::object& io_threads,
+                                const py::object& slab_bytes, bool lock, const py::object& disk_bytes,
+                                const py::object& shard_bytes, const std::string& spill, bool direct_io, const py::object& io_threads,
                                 const py::object& bounce_records, const py::object& commit_records,
                                 const std::string& device, const py::object& ordinal, const std::string& driver) {
   BankOptions options;

@@ -117,6 +117,7 @@ struct Slots {
 struct Faults : FileOps {
   std::atomic<int> write_error{0}, read_error{0}, space_error{0};
   std::atomic<int> flips{0};  // reads of which a byte is turned
+  std::atomic<int> flip_at{0};
   std::atomic<int> writes{0}, reads{0};
   std::mutex mutex;
   std::condition_variable changed;
@@ -151,7 +152,7 @@ struct Faults : FileOps {
       return -1;
     }
     const ssize_t got = FileOps::pread(fd, to, bytes, offset);
-    if (got > 0 && flips.load() > 0 && flips.fetch_sub(1) > 0) static_cast<unsigned char*>(to)[got / 2] ^= 0x10;
+    if (got > 0 && flips.load() > 0 && flips.fetch_sub(1) > 0) static_cast<unsigned char*>(to)[flip_at] ^= 0x10;
     return got;
   }
   ssize_t pwrite(int fd, const void* from, std::size_t bytes, off_t offset) override {

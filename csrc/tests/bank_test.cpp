@@ -159,6 +159,42 @@ TEST_CASE(damaged_page_drops_the_frame_once) {
   CHECK(rig.bank->settle().empty());
 }
 
+TEST_CASE(damage_leaves_no_trace_in_memory) {
+  Rig rig(1, 4, 8, 1, 2);
+  rig.open();
+  std::vector<Frame> cold = fill(rig, 8);
+  rig.faults->flip_at = 1500;  // between the segments, where no commit writes
+  for (std::size_t i = 0; i < 2; ++i) {
+    rig.faults->flips = 1;
+    rig.bank->prefetch({cold.at(i)}, 0);
+    CHECK(rig.bank->settle().size() == 1);
+  }
+  rig.commit({20, 21});
+  for (const Frame frame : rig.bank->frames()) CHECK(rig.has(frame));
+}
+
+TEST_CASE(what_was_read_stays_until_it_is_settled) {
+  Rig rig(3, 3, 4, 1, 1);
+  rig.open();
+  for (Frame frame = 0; frame < 6; ++frame) rig.commit({frame});
+  rig.bank->flush();
+  rig.bank->prefetch({4, 5}, 0);  // into slots of the first frames
+  rig.bank->settle();
+  rig.bank->release({4, 5}, 0);
+  std::vector<Frame> cold;
+  for (Frame frame = 0; frame < 6; ++frame) {
+    const Where where = rig.bank->where(frame);
+    if (!where.host && where.slot < 0) cold.push_back(frame);
+  }
+  CHECK(cold.size() >= 2);
+  for (const Frame frame : {cold[0], cold[1]}) {  // one record for both, and the disk is full
+    rig.bank->prefetch({frame}, 0);
+    while (!rig.bank->where(frame).host) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  CHECK(rig.bank->settle().empty());
+  CHECK(rig.in_slot(cold[0]) && rig.in_slot(cold[1]));
+}
+
 TEST_CASE(unreadable_page_is_damage) {
   Rig rig(0, 4, 8);
   rig.open();
@@ -298,6 +334,25 @@ TEST_CASE(device_refuses_in_the_middle_of_a_commit) {
     device->refuse(Direction::kToHost, layer);
     CHECK_THROWS(std::runtime_error, "the device refuses", rig.bank->commit({3}, pages(1), 0, true));
     CHECK(rig.has(3) && rig.bank->where(3).generation == 0);  // there was a free record: the old one is whole
+  }
+}
+
+TEST_CASE(host_does_not_write_where_a_refused_commit_still_does) {
+  for (int layer = 0; layer < kLayers; ++layer) {
+    Source source;
+    source.set(record_of(1));
+    Rig rig(0, 1, 0, 0, 1);
+    auto made = std::make_unique<ScriptedDevice>(11u);
+    ScriptedDevice* device = made.get();
+    rig.open(std::move(made));
+    device->hold(Direction::kToHost, true);
+    device->refuse(Direction::kToHost, layer);
+    CHECK_THROWS(std::runtime_error, "the device refuses", rig.bank->commit({1}, {source.pages()}, 0, false));
+    const Bytes record = record_of(2);
+    rig.bank->insert(2, reinterpret_cast<const std::byte*>(record.data()), 0);
+    device->hold(Direction::kToHost, false);
+    device->drain();
+    CHECK(rig.has(2));
   }
 }
 
