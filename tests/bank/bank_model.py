@@ -116,8 +116,13 @@ class Limits:
     shard: int = 2
 
     @property
+    def kept_back(self) -> int:
+        """Host records for frames on their way from disk: not more than disk can hold."""
+        return min(self.bounce, self.disk)
+
+    @property
     def most_frames(self) -> int:
-        return self.host + (self.disk - self.bounce if self.disk else 0)
+        return self.host + self.disk - self.kept_back
 
 
 @dataclass
@@ -209,7 +214,6 @@ class World:
                 self.compute.write(stream, part, record[:, :, offset : offset + size])
         pages = [[(part.ctypes.data, *part.strides[:2]) for part in parts] for parts in sources]
         room = self.bank.room()
-        on_disk_alone = sum(frame in self.held and not self.bank.where(frame)[1] for frame in frames)
         wrong = len(set(frames)) < len(frames) or any((frame in self.held) != replace for frame in frames)
         try:
             self.bank.commit(frames=list(frames), pages=pages, stream=stream, replace=replace)
@@ -219,7 +223,8 @@ class World:
         except _C.BankFull:
             assert not wrong, frames
             # What is on disk alone needs a record before it gives up its place there.
-            assert room < (on_disk_alone - self.limits.bounce if replace else len(frames)), (frames, replace, room)
+            needed = len(frames) - self.limits.kept_back if replace and self.limits.disk else len(frames)
+            assert room < needed and (self.limits.disk or not replace), (frames, replace, room, self.limits)
             return False
         assert not wrong and (replace or room >= len(frames)), (frames, replace, room)
         for frame, record in zip(frames, records, strict=True):

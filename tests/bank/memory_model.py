@@ -69,13 +69,14 @@ class MemoryWorld:
         self.palette = torch.randn(4, EMBEDDING, generator=torch.Generator().manual_seed(4)).to(device)
 
     @property
-    def bounce(self) -> int:
-        return self.slots if self.config.disk_bytes else 0
+    def kept_back(self) -> int:
+        """Host records for frames on their way from disk."""
+        return min(self.slots, self.config.disk_bytes // self.form.record_bytes)
 
     @property
     def most_frames(self) -> int:
         host, disk = self.config.host_bytes // self.form.record_bytes, self.config.disk_bytes // self.form.record_bytes
-        return host + (disk - self.bounce if disk else 0)
+        return host + disk - self.kept_back
 
     # -- contents
 
@@ -148,7 +149,7 @@ class MemoryWorld:
                 gone = list(self.bank.commit(list(frames), *arguments, given, replace=replace))
             except BankFull:
                 if replace:  # what is on disk alone needs a record before it gives up its place there
-                    assert self.config.disk_bytes and self.bank.room() < len(frames) - self.bounce
+                    assert self.config.disk_bytes and self.bank.room() < len(frames) - self.kept_back
                 else:
                     assert missing and len(list(self._take(plan))) < missing
                 return False

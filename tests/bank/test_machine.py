@@ -205,10 +205,17 @@ def run(machine: type[RuleBasedStateMachine], examples: int, steps: int) -> None
     run_state_machine_as_test(machine, settings=settings)
 
 
+def busy(machine: type[CoreMachine], *names: str) -> None:
+    """What matters happened often enough for a wrong byte to have had its chance."""
+    for name in (*names, "evictions", "host_drops", "spilled", "replaced"):
+        assert machine.seen[name] >= 20, machine.seen
+
+
 class HostMachine(CoreMachine):
     """Over the host device. What lies in slots that nobody has pinned is looked at, too."""
 
     count = Count()
+    seen: ClassVar[dict[str, int]] = {}
 
     @invariant()
     def resident_pages_are_right(self) -> None:
@@ -224,6 +231,7 @@ class LateMachine(CoreMachine):
     """Over the stand-in CUDA: whatever lacks a wait comes out as wrong bytes when the work is done in another order."""
 
     count = Count()
+    seen: ClassVar[dict[str, int]] = {}
     fake: StandIn | None = None
 
     def make_world(self, sizes: Limits, folder: str) -> World:
@@ -246,13 +254,15 @@ class LateMachine(CoreMachine):
 
 def test_the_core_over_a_late_device(tmp_path_factory: pytest.TempPathFactory) -> None:
     LateMachine.fake = StandIn(stand_in(tmp_path_factory.getbasetemp() / "stand-in"))
-    run(LateMachine, 60, 80)
-    assert LateMachine.count.total >= 4000 and len(LateMachine.count.by_name) == 15, LateMachine.count
+    run(LateMachine, 100, 80)
+    assert LateMachine.count.total >= 5000 and len(LateMachine.count.by_name) == 16, LateMachine.count
+    busy(LateMachine, "hits_device", "hits_host", "hits_disk", "misses", "late_layers", "dropped_fetches")
 
 
 def test_the_core_over_the_host() -> None:
-    run(HostMachine, 60, 80)
-    assert HostMachine.count.total >= 4000 and len(HostMachine.count.by_name) == 14, HostMachine.count
+    run(HostMachine, 70, 80)
+    assert HostMachine.count.total >= 3500 and len(HostMachine.count.by_name) == 15, HostMachine.count
+    busy(HostMachine, "hits_device", "hits_host", "hits_disk", "misses")
 
 
 @st.composite
