@@ -46,7 +46,7 @@ help:
 	@echo 'make test    C++ tests and Python tests'
 	@echo 'make sanitize   the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
 	@echo 'make bench   microbenchmarks, results in $(BENCH_OUT)'
-	@echo 'make bench-gpu   the ops on a CUDA device against its own rates and set targets, results in $(BENCH_OUT)'
+	@echo 'make bench-gpu   the ops and the memory bank on a CUDA device against its own rates and set targets, results in $(BENCH_OUT)'
 	@echo 'make gpu-check   some GPU tests under compute-sanitizer (SANITIZE=memcheck racecheck initcheck synccheck)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make wheel   build a wheel into dist'
@@ -120,7 +120,8 @@ bench: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	@echo 'bench-gpu: writing to $(BENCH_OUT)'
-	@LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m benchmarks.gpu_ops $(BENCH_GPU)
+	@status=0; for part in gpu_ops gpu_bank; do \
+	  LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m benchmarks.$$part $(BENCH_GPU) || status=$$?; done; exit $$status
 
 # One process for each tool; torch's caching allocator would hide reads and writes past the end of a tensor.
 gpu-check: $(INSTALLED)
@@ -129,7 +130,9 @@ gpu-check: $(INSTALLED)
 	@failed=; for tool in $(SANITIZE); do \
 	  echo "gpu-check: $$tool"; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $(RUN) -m pytest -q -m gpu \
-	    -p no:cacheprovider tests/test_gpu.py -k '$(SANITIZED)' || failed="$$failed $$tool ($$?)"; done; \
+	    -p no:cacheprovider tests/test_gpu.py -k '$(SANITIZED)' || failed="$$failed $$tool ($$?)"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $(RUN) -m pytest -q -m gpu \
+	    -p no:cacheprovider tests/bank || failed="$$failed $$tool of the bank ($$?)"; done; \
 	  if [ -n "$$failed" ]; then echo "gpu-check: failed:$$failed; 9 is what compute-sanitizer found, others are the tests' own"; exit 1; \
 	  else echo 'gpu-check: nothing found by $(SANITIZE)'; fi
 

@@ -57,7 +57,7 @@ step doctor 30 "$python" -m longlive_rag_ops doctor --json
 step gpu-tests 240 env OMP_NUM_THREADS=2 "$python" -m pytest -q -m gpu "${workers[@]}"
 step triton-tests 150 env OMP_NUM_THREADS=2 "$python" -m pytest -q -m 'not slow' tests/test_triton_*.py "${workers[@]}"
 step replay 80 bash -c replay
-step bench-gpu 200 "${make_it[@]}" bench-gpu
+step bench-gpu 240 "${make_it[@]}" bench-gpu
 step gpu-check 120 "${make_it[@]}" gpu-check
 step compile 100 "$python" -m longlive_rag_ops compile --arch 90
 

@@ -221,7 +221,7 @@ TEST_CASE(threads_with_frames_of_their_own_never_read_another_s) {
     SlotMemory slots(kSlots);
     Bank bank(options(slots, folder.path.string(), disk ? 12 : 16, disk), make_host_device());
     Tally tally;
-    together(4, [&](int thread) { live(bank, slots, thread, 4, 400, &tally); });
+    together(4, [&](int thread) { live(bank, slots, thread, 4, 1000, &tally); });
     bank.flush();
     const BankStats stats = bank.stats();
     CHECK(stats.frames == static_cast<std::int64_t>(bank.frames().size()));
@@ -245,7 +245,7 @@ TEST_CASE(a_record_is_never_a_mixture) {
     std::mt19937 random(static_cast<unsigned>(100 + thread));
     const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
     std::vector<std::byte> record(static_cast<std::size_t>(kRecord));
-    for (int step = 0; step < 400; ++step) {
+    for (int step = 0; step < 1000; ++step) {
       const Frame frame = below(kFrames);
       const std::int64_t before = bank.where(frame).generation;
       try {
