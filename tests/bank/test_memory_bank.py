@@ -207,11 +207,12 @@ def test_replacing_drops_fetches_and_keeps_pins() -> None:
     with make(policy="oldest") as bank:
         commit(bank, range(3))
         bank.pin([1])
-        bank.prefetch([0, 1])
-        commit(bank, [1], seed=50, replace=True)
-        assert bank.settle() == [(1, "replaced")]
+        bank.prefetch([0, 1, 2])
+        commit(bank, [1, 2], seed=50, replace=True)
+        assert bank.settle() == [(1, "replaced"), (2, "replaced")]
         assert bank.pins(1) == 1 and bank.stats()["pinned_frames"] == 2
-        bank.release([0, 1])
+        bank.forget([2])  # which nobody holds
+        bank.release([0, 1, 2])
         assert bank.stats()["pinned_frames"] == 1
         (slot,) = fetch(bank, [1])
         assert torch.equal(in_slot(bank, slot), stored(bank, 51))
