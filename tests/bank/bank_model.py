@@ -245,6 +245,7 @@ class World:
     def insert(self, frame: int, generation: int = 0) -> bool:
         record, room = self.new_record(frame), self.bank.room()
         mine = record.copy()
+        mine[:, :, SEGMENTS[-1][0] + SEGMENTS[-1][1] :] = GUARD  # belongs to no segment: to be kept as zeros
         try:
             self.bank.insert(frame=frame, address=mine.ctypes.data, generation=generation)
         except ValueError:

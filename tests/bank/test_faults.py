@@ -370,3 +370,62 @@ def test_configurations_that_cannot_hold_a_commit_and_a_fetch(tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=r"host|record"):
             World(limits, str(tmp_path))
+
+
+@pytest.mark.parametrize("how", ["replace", "clear"])
+def test_pages_whose_read_is_under_way_can_be_replaced(tmp_path: Path, how: str) -> None:
+    """Pages so large that a read takes longer than the call that makes it worthless."""
+    size, frames = 8 << 20, 4
+    slots = np.zeros((frames, size), np.uint8)
+    bank = _C.Bank(
+        layers=1,
+        samples=1,
+        page_bytes=size,
+        segments=[(0, size)],
+        slots=[(slots.ctypes.data, 0, 0, size)],
+        slot_count=frames,
+        host_bytes=(frames + 1) * size,
+        slab_bytes=size,
+        disk_bytes=3 * frames * size,
+        shard_bytes=size,
+        spill=str(tmp_path),
+        io_threads=1,
+        bounce_records=frames,
+        commit_records=1,
+    )
+    page = np.zeros(size, np.uint8)
+
+    def commit(frame: int, byte: int, replace: bool = False) -> None:
+        page[:] = byte
+        bank.commit(frames=[frame], pages=[[(page.ctypes.data, 0, 0)]], replace=replace)
+
+    for frame in range(3 * frames):
+        commit(frame, frame)
+        bank.flush()
+    dropped = 0
+    for turn in range(6):
+        away = [frame for frame in bank.frames() if bank.where(frame)[:2] == (-1, False)][:frames]
+        assert len(away) >= 2
+        bank.prefetch(frames=away)
+        last, byte = away[-1], 100 + turn
+        if how == "replace":
+            commit(last, byte, replace=True)
+            dropped += (last, "replaced") in bank.settle()
+        else:
+            bank.clear()
+            commit(last, byte)
+            bank.settle()
+        got = np.zeros(size, np.uint8)
+        bank.read(frame=last, address=got.ctypes.data)
+        assert (got == byte).all()
+        bank.prefetch(frames=[last])
+        bank.wait(layer=0)
+        assert (slots[bank.where(last)[0]] == byte).all()
+        bank.release(frames=away)
+        if how == "clear":
+            bank.clear()
+            for frame in range(3 * frames):
+                commit(frame, frame)
+                bank.flush()
+    assert how == "clear" or (dropped == 6 and bank.stats()["dropped_fetches"] == 6)
+    bank.close()
