@@ -34,6 +34,6 @@ for kind; do
 
   cmake --build "$build" >"$build/log" 2>&1 || { tail -n 40 "$build/log"; exit 1; }
   (cd "$build" && "${run[@]}" ctest --output-on-failure --no-tests=error) >>"$build/log" 2>&1 ||
-    { grep -v ' Passed ' "$build/log" | tail -n 120; exit 1; }
+    { grep -vE ' Passed |^ *Start ' "$build/log" | tail -n 120; exit 1; }
   echo "sanitize: $kind: $(grep 'tests passed' "$build/log") ($((SECONDS - began)) s$note)"
 done
