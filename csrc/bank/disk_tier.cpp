@@ -287,14 +287,15 @@ DiskTier::Extent DiskTier::allocate() {
     if (const Extent extent = state.take(); extent >= 0) return extent;
   }
   const std::lock_guard one_grows(state.growing);
-  {
-    // another thread may have made a shard meanwhile
-    const std::lock_guard lock(state.mutex);
-    if (const Extent extent = state.take(); extent >= 0) return extent;
+  for (;;) {
+    {
+      // Another thread may have made a shard meanwhile, and others may have taken all of the last one made here.
+      const std::lock_guard lock(state.mutex);
+      if (const Extent extent = state.take(); extent >= 0) return extent;
+      if (state.stats.reserved_bytes / state.options.record_bytes >= state.stats.capacity) return -1;
+    }
+    state.grow();  // adds a shard, or lowers the capacity to what there is
   }
-  state.grow();
-  const std::lock_guard lock(state.mutex);
-  return state.take();
 }
 
 void DiskTier::free(Extent extent) {
