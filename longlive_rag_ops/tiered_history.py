@@ -104,9 +104,10 @@ class TieredHistory(FrameHistory):
 
     @normal_tensors
     def search(self, start: int, newest: torch.Tensor) -> None:
-        config = self.config
+        config, index = self.config, self.bank.index
+        stored = newest if index is None else newest.to(index.embeddings.dtype)  # what will be in the index
         ids, scores = self.bank.search(
-            unit_query(newest),
+            unit_query(stored),
             config.top_k,
             end_frame=candidate_end(start, config.window, config.sink),
             **search_options(config, self.engine),
