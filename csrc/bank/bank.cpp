@@ -182,7 +182,8 @@ void Bank::State::close() noexcept {
   changed.notify_all();
   changed.wait(lock, [&] { return callers == 0; });
   lock.unlock();
-  pool.reset();  // does what is queued, or leaves it undone quickly
+  if (pool) pool->finish();  // does what is queued, or leaves it undone quickly; jobs may still submit others
+  pool.reset();
   lock.lock();
   const auto quietly = [](auto call) {
     try {

@@ -47,6 +47,7 @@ struct IoPool::State {
     }
     changed.notify_all();
     for (std::thread& thread : threads) thread.join();
+    threads.clear();
   }
 };
 
@@ -70,7 +71,9 @@ IoPool::IoPool(int threads) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-IoPool::~IoPool() { state_->stop(); }
+IoPool::~IoPool() { finish(); }
+
+void IoPool::finish() noexcept { state_->stop(); }
 
 void IoPool::submit(Kind kind, std::function<void()> job) {
   {

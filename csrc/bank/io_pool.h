@@ -11,12 +11,14 @@ class IoPool {
   enum class Kind { kRead, kWrite };
 
   explicit IoPool(int threads);  // 1 .. 64; throws std::invalid_argument
-  ~IoPool();                     // carries out what is queued, then joins
+  ~IoPool();                     // finishes
   IoPool(const IoPool&) = delete;
   IoPool& operator=(const IoPool&) = delete;
 
   // `job` must not throw. Jobs may submit jobs.
   void submit(Kind kind, std::function<void()> job);
+  // Carries out what is queued and what that submits, then joins. Nobody else may submit from here on.
+  void finish() noexcept;
 
  private:
   struct State;
