@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..config import check_int
 from ..index import FrameIndex
 from ..ops.checks import FLOATS, check
 from .host_copy import HostCopy
@@ -44,31 +45,39 @@ class Catalogue:
         self._most = most
         self._like = like
         self._retrievals: Counter[int] = Counter()
-        self._policy = make_policy(policy, self._retrievals)
+        self._members: set[int] = set()  # frames that are no sinks
+        self._policy = make_policy(policy, self._members, self._retrievals)
         self._found: list[HostCopy] = []  # of searches that are not counted yet
 
     def clear(self) -> None:
         """Forgets every frame."""
         self.index = None
-        self._policy.cleared()
-        for table in (self._retrievals, self.pins, self.fetched):
+        for table in (self._members, self._retrievals, self.pins, self.fetched):
             table.clear()
+        self._policy.cleared()
         self._found = []
 
-    def make_index(self, frames: Sequence[int], embeddings: torch.Tensor) -> FrameIndex:
-        """The index with room for these frames; TypeError, ValueError for embeddings that do not fit it."""
+    def make_room(self, frames: Sequence[int], embeddings: torch.Tensor) -> None:
+        """Room in the index for these frames; TypeError, ValueError for embeddings that do not fit it."""
         size = None if self.index is None else self.index.embedding_dim
         check("embeddings", embeddings, (self._samples, len(frames), size), FLOATS, self._like)
+        check_int("embeddings' last size", embeddings.shape[2], 1)
+        if self.index is not None:
+            self.index.reserve(frames)
+
+    def join(self, frames: Iterable[int]) -> None:
+        """The bank has these frames now."""
+        for frame in frames:
+            if frame >= self._sink and frame not in self._members:
+                self._members.add(frame)
+                self._policy.joined(frame)
+
+    def embed(self, frames: Sequence[int], embeddings: torch.Tensor, normalized: bool = False) -> None:
+        """Puts embeddings ``(samples, n, E)`` of the bank's frames into the index; `make_room` has checked them."""
         if self.index is None:
             device = self._like.device
             self.index = FrameIndex(self._samples, embeddings.shape[2], embeddings.dtype, device, self._most)
-        self.index.reserve(frames)
-        return self.index
-
-    def embed(self, frames: Sequence[int], embeddings: torch.Tensor, normalized: bool = False) -> None:
-        """Puts embeddings ``(samples, n, E)`` into the index, for which `make_index` has made room."""
         index = self.index
-        assert index is not None
         for frame in frames:
             if frame in index:
                 self._policy.removed(index, frame)
@@ -80,6 +89,7 @@ class Catalogue:
         if self.index is not None and frame in self.index:
             self._policy.removed(self.index, frame)
             self.index.remove(frame)
+        self._members.discard(frame)
         for table in (self._retrievals, self.pins, self.fetched):
             table.pop(frame, None)
 
@@ -87,15 +97,14 @@ class Catalogue:
         """Frames that are pinned or fetched."""
         return set(self.pins) | set(self.fetched)
 
-    def candidates(self, frames: Iterable[int]) -> list[int]:
-        """Those of the bank's frames that may be forgotten."""
-        kept = self.pinned()
-        return [frame for frame in frames if frame >= self._sink and frame not in kept]
+    def forgettable(self) -> int:
+        """How many frames may be forgotten."""
+        return len(self._members) - len(self._members & self.pinned())
 
-    def choose(self, candidates: Sequence[int]) -> int:
-        """The frame to forget among ``candidates`` (ascending, at least one), by a policy other than ``error``."""
+    def choose(self) -> int | None:
+        """The frame to forget, None when there is none, by a policy other than ``error``."""
         self.count_found()
-        return self._policy.choose(candidates)
+        return self._policy.choose(self.pinned())
 
     def found(self, ids: HostCopy) -> None:
         """A search has found these, ``(samples, k)``, -1 for none."""

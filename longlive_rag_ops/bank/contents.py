@@ -111,7 +111,7 @@ class BankContents:
         self._changes = threading.RLock()
         self.handle = new_handle(self)
         self._catalogue = Catalogue(self.samples, config.policy, sink, self._core.room(), self.slots)
-        self._lost: list[Lost] = []  # that settle() has not named yet
+        self._lost: dict[int, Lost] = {}  # by frame, what settle() has not named yet
         self._unsettled = False
         self._counts: Counter[str] = Counter()
         self._stall_us = 0  # up to the last settle
@@ -143,7 +143,8 @@ class BankContents:
         return self.generation(frame) >= 0
 
     def __len__(self) -> int:
-        return len(self.frames())
+        self._check_open()
+        return int(self._core.stats()["frames"])
 
     def frames(self) -> list[int]:
         """The frames in the bank, ascending."""

@@ -49,16 +49,19 @@ class FaultWatch:
 
     def damaged(self, frame: int, reason: str) -> None:
         """A frame was lost to a damaged page; ``reason`` names layer and sample."""
-        self._say(f"frame {frame}", f"frame {frame} is lost, {reason}; it will not be retrieved again", again=True)
+        self._warn(f"frame {frame} is lost, {reason}; it will not be retrieved again")
 
-    def _say(self, kind: str, text: str, again: bool = False) -> None:
-        if again or kind not in self._said:
+    def _say(self, kind: str, text: str) -> None:
+        if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=_callers_level())
+            self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=callers_level())
 
 
-def _callers_level() -> int:
-    """Where this package was called from, as `warnings.warn` counts from `FaultWatch._say`."""
+def callers_level() -> int:
+    """Where this package was called from, as `warnings.warn` counts from the caller of this."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__name__.partition('.')[0]}."):
         frame, level = frame.f_back, level + 1

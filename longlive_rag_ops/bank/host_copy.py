@@ -9,15 +9,17 @@ class HostCopy:
     """A copy of a tensor, begun on the current stream and waited for when it is read.
 
     Args:
-        source: any tensor; on a CPU it is not copied.
+        source: any tensor. Changing it afterwards, in the stream's order, does not change the copy.
     """
 
     def __init__(self, source: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._host = source.detach()
-        if source.is_cuda:
+        source = source.detach()
+        if not source.is_cuda:
+            self._host = source.clone()
+        else:
             self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            self._host.copy_(source.detach(), non_blocking=True)
+            self._host.copy_(source, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(source.device))
 

@@ -103,7 +103,7 @@ class MemoryBank(BankContents):
             self._check_stream("commit")
             pages = self._pages_of(numbers, keys, values)
             if embeddings is not None:
-                self._catalogue.make_index(numbers, embeddings)
+                self._catalogue.make_room(numbers, embeddings)
             for frame in numbers:
                 if (frame in self) != replace:
                     state = "not in the bank, and replace is True" if replace else "in the bank, and replace is False"
@@ -114,8 +114,9 @@ class MemoryBank(BankContents):
             self._sources.committed()
             for frame in numbers:
                 self._catalogue.fetched.pop(frame, None)
+            self._catalogue.join(numbers)
             if embeddings is not None:
-                self._catalogue.embed(numbers, embeddings)
+                self._embed(numbers, embeddings, new=not replace)
             self._faults.check(self._core.stats())
         return forgotten
 
@@ -136,6 +137,16 @@ class MemoryBank(BankContents):
                     if frame not in self:
                         self._catalogue.drop(frame)
                 raise
+
+    def _embed(self, frames: list[int], embeddings: torch.Tensor, *, new: bool, normalized: bool = False) -> None:
+        try:
+            self._catalogue.embed(frames, embeddings, normalized)
+        except BaseException:  # out of memory, say: a new frame is there with its embedding or not at all
+            if new:
+                self._core.forget(frames)
+                for frame in frames:
+                    self._catalogue.drop(frame)
+            raise
 
     def forget(self, frames: Iterable[int]) -> None:
         """Drops frames from every tier and from the index, sink frames too.
@@ -158,7 +169,7 @@ class MemoryBank(BankContents):
             self._core.clear()
             self._core.settle()
             self._catalogue.clear()
-            self._lost, self._unsettled = [], False
+            self._lost, self._unsettled = {}, False
 
     def pin(self, frames: int | Iterable[int]) -> None:
         """Keeps frames from being forgotten until they are unpinned as often. Those that are not there are passed over.
@@ -258,6 +269,8 @@ class MemoryBank(BankContents):
                 with core_errors():
                     self._core.prefetch(numbers, stream=self._stream())
                 self._unsettled = True
+                for frame in numbers:  # what is asked for anew is not lost any more
+                    self._lost.pop(frame, None)
             self._catalogue.fetched.update(frame for frame in numbers if tiers[frame] != "missing")
             self.log.prefetched(tiers)
 
@@ -269,8 +282,8 @@ class MemoryBank(BankContents):
         """
         self._collect()
         with self._turn():
-            lost, self._lost = self._lost, []
-        return lost
+            lost, self._lost = self._lost, {}
+        return list(lost.values())
 
     def wait(self, layer: int, pool_layer: torch.Tensor | None = None) -> None:
         """Makes the current stream wait for a layer's copies, from slots and into them, that were begun before.
@@ -349,11 +362,12 @@ class MemoryBank(BankContents):
         record = record.contiguous()
         with self._changes, self._turn():
             if embedding is not None:
-                self._catalogue.make_index([frame], embedding[:, None])
+                self._catalogue.make_room([frame], embedding[:, None])
             with core_errors():
                 self._core.insert(frame, record.data_ptr(), generation=generation)
+            self._catalogue.join([frame])
             if embedding is not None:
-                self._catalogue.embed([frame], embedding[:, None], normalized=True)
+                self._embed([frame], embedding[:, None], new=True, normalized=True)
             self._catalogue.set_retrievals(frame, retrievals)
             self._faults.check(self._core.stats())
 
@@ -445,26 +459,23 @@ class MemoryBank(BankContents):
         missing = frames - self._core.room()
         if missing <= 0:
             return []
-        held = len(self)
         names = "host_bytes" if self.config.spill is None else "host_bytes and disk_bytes"
+        full = f"{names} are used up by {len(self)} frames"
         if self.config.policy == "error":
             raise BankFull(
-                f"{names} are used up by {held} frames and {frames} more are committed: raise them, or choose a policy "
-                "by which others are forgotten"
+                f"{full} and {frames} more are committed: raise them, or choose a policy by which others are forgotten"
             )
-        candidates = self._catalogue.candidates(self.frames())
-        if len(candidates) < missing:
+        if self._catalogue.forgettable() < missing:
             raise BankFull(
-                f"{names} are used up by {held} frames, {frames} more are committed, and only {len(candidates)} may be "
-                f"forgotten: the others are sink frames (below {self.sink}), pinned, or fetched and not released"
+                f"{full}, {frames} more are committed, and only {self._catalogue.forgettable()} may be forgotten: the "
+                f"others are sink frames (below {self.sink}), pinned, or fetched and not released"
             )
-        forgotten = []
-        for _ in range(missing):
-            frame = self._catalogue.choose(candidates)
-            candidates.remove(frame)
-            self._core.forget([frame])
+        forgotten: list[int] = []
+        while len(forgotten) < missing and (frame := self._catalogue.choose()) is not None:
+            if frame in self:  # not lost to damage meanwhile, in a thread that has yet to take its turn
+                self._core.forget([frame])
+                forgotten.append(frame)
             self._catalogue.drop(frame)
-            forgotten.append(frame)
         self._counts[self.config.policy] += len(forgotten)
         return forgotten
 
@@ -475,9 +486,9 @@ class MemoryBank(BankContents):
         with self._range("settle"), core_errors():
             found = [Lost(*lost) for lost in self._core.settle()]
         with self._turn():
+            self._lost.update({lost.frame: lost for lost in found})  # first: warnings may be made errors
             for lost in found:
                 self._lose(lost)
-            self._lost += found
             stats = self._core.stats()
             self._faults.check(stats)
             self.log.settled(found, stats["stall_us"] - self._stall_us)

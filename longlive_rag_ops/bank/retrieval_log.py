@@ -6,14 +6,17 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from .faults import callers_level
 from .host_copy import HostCopy
 
-MOST_ENTRIES = 100_000  # kept in memory, about a hundred hours of video
+MOST_ENTRIES = 10_000  # kept in memory: two hours of video, some tens of megabytes
 
 
 class RetrievalLog:
@@ -29,10 +32,11 @@ class RetrievalLog:
     - ``missing``: frame (as text) to the reason why it could not be had; ``stall_us``: microseconds for which the host
       waited for the disk since the last entry.
 
-    Thread-safe; entries of threads that search at the same time run into each other.
+    The newest ten thousand are kept. Thread-safe; entries of threads that search at the same time run into each other.
 
     Args:
-        path: file to which each entry is appended as it is complete; None: none.
+        path: file to which each entry is appended as it is complete; None: none. When it cannot be written to any more
+            (no space, say) there is one warning, and it is left as it is.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -64,7 +68,7 @@ class RetrievalLog:
                 self._complete()
 
     def entries(self) -> list[dict[str, Any]]:
-        """The entries that are complete, oldest first, at most the newest hundred thousand."""
+        """The entries that are complete, oldest first, at most the newest ten thousand."""
         with self._lock:
             return list(self._entries)
 
@@ -78,8 +82,9 @@ class RetrievalLog:
         with self._lock:
             self._complete()
             if self._file is not None:
-                self._file.close()
-                self._file = None
+                file, self._file = self._file, None
+                with suppress(OSError):
+                    file.close()
 
     def _begin(self) -> dict[str, Any]:
         if self._open is None:
@@ -101,4 +106,15 @@ class RetrievalLog:
             ]
         self._entries.append(entry)
         if self._file is not None:
-            self._file.write(f"{json.dumps(entry)}\n")
+            self._append(self._file, f"{json.dumps(entry)}\n")
+
+    def _append(self, file: TextIO, line: str) -> None:
+        try:
+            file.write(line)
+        except OSError as error:  # a full disk: nothing that the bank is for depends on the log
+            self._file = None
+            with suppress(OSError):  # what is left in the buffer fails again
+                file.close()
+            warnings.warn(
+                f"the retrieval log {file.name} is not continued: {error}", RuntimeWarning, stacklevel=callers_level()
+            )

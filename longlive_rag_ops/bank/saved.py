@@ -104,18 +104,17 @@ def _surplus(contents: SavedContents, bank: MemoryBank) -> set[int]:
             "(or disk_bytes), or choose a policy by which frames are forgotten"
         )
     catalogue = Catalogue(bank.samples, policy, bank.sink, len(contents.frames), torch.empty(0))
+    catalogue.join(contents.frames)
     if contents.index is not None:
-        catalogue.make_index(*contents.index)
         catalogue.embed(*contents.index, normalized=True)
     for frame, count in contents.retrievals.items():
         catalogue.set_retrievals(frame, count)
-    candidates = catalogue.candidates(contents.frames)  # enough: a bank has room for more than its sink frames
     forgotten = set()
     for _ in range(surplus):
-        frame = catalogue.choose(candidates)
-        candidates.remove(frame)
-        catalogue.drop(frame)
-        forgotten.add(frame)
+        chosen = catalogue.choose()
+        assert chosen is not None  # a bank has room for more than its sink frames
+        catalogue.drop(chosen)
+        forgotten.add(chosen)
     return forgotten
 
 

@@ -62,7 +62,6 @@ class MemoryWorld:
         self.bank = MemoryBank(form, config, **self.made)
         self.held: dict[int, HeldPages] = {}
         self.asked: dict[int, bool | None] = {}
-        self.kept: set[int] = set()  # frames that a wait found missing, which the next settle names
         self.versions = 0
         self.forgotten = 0
         # Few directions, so that similarities tie.
@@ -219,16 +218,14 @@ class MemoryWorld:
         with self.on(stream):
             lost = {each.frame: each.reason for each in self.bank.settle()}
         assert {frame for frame, there in self.asked.items() if there is False} <= set(lost), (lost, self.asked)
-        assert not any(self.asked.get(frame) for frame in lost if frame not in self.kept), (lost, self.asked)
+        assert not any(self.asked.get(frame) for frame in lost), (lost, self.asked)
         self.asked.clear()
-        self.kept.clear()
 
     def wait(self, layer: int, stream: int = 0) -> None:
         with self.on(stream):
             self.bank.wait(layer)
         # It settles: what could not be had is kept for the next call of settle.
         self.asked = {frame: there for frame, there in self.asked.items() if not there}
-        self.kept |= {frame for frame, there in self.asked.items() if there is False}
 
     def attend(self, stream: int = 0, release: bool = True) -> None:
         """Reads the slots of all frames that were fetched, layer by layer, then lets them go."""

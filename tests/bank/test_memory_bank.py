@@ -25,6 +25,9 @@ from longlive_rag_ops import BankConfig, BankFull, DamagedPage, MemoryBank, Page
 from longlive_rag_ops.bank import statistics
 from longlive_rag_ops.bank.config import STORAGES
 from longlive_rag_ops.bank.faults import FaultWatch
+from longlive_rag_ops.bank.policies import MostRedundant
+from longlive_rag_ops.bank.retrieval_log import MOST_ENTRIES, RetrievalLog
+from longlive_rag_ops.index import FrameIndex
 
 LAYERS, SAMPLES, EMBEDDING = 2, 2, 6
 SHAPE = (3, 2, 8)  # of a page
@@ -551,6 +554,114 @@ def test_the_example_in_the_documentation() -> None:
     assert scope["pages"][0, 0, 0].equal(scope["keys"][1, 0, scope["found"][0]])
 
 
+# Long videos
+
+
+@pytest.mark.parametrize("policy", ["oldest", "least_retrieved", "most_redundant"])
+def test_a_block_asks_the_core_for_no_list_of_all_frames(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block costs the host does not grow with the frames in the bank."""
+    with make(30, policy=policy) as bank:
+        monkeypatch.setattr(MemoryBank, "frames", lambda self: pytest.fail("a list of all frames"))
+        for start in range(0, 90, 3):
+            commit(bank, range(start, start + 3))
+            ids, _ = bank.search(embeddings(1, start)[:, 0], 1, end_frame=start + 3)
+            found = sorted({frame for frame in ids.flatten().tolist() if frame >= 0})
+            bank.prefetch(found)
+            assert bank.settle() == []
+            bank.release(found)
+        assert len(bank) == 30 and bank.stats()["forgotten"][policy] == 60
+
+
+def test_the_log_in_memory_is_bounded() -> None:
+    log = RetrievalLog()
+    for number in range(MOST_ENTRIES + 20):
+        log.prefetched({number: "host"})
+        log.settled([], 0)
+    assert [len(log.entries()), log.entries()[0]["number"]] == [MOST_ENTRIES, 20]
+    assert MOST_ENTRIES <= 10_000
+
+
+# What fails half-way
+
+
+def test_embeddings_that_are_refused_leave_new_frames_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the device has no memory for them: the same commit may be tried again."""
+    with make(8, policy="most_redundant") as bank:
+        commit(bank, range(2))
+        for name in ("added", "put"):
+            owner = MostRedundant if name == "added" else FrameIndex
+            with monkeypatch.context() as patch, pytest.raises(MemoryError):
+                patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(MemoryError()))
+                commit(bank, range(2, 5))
+            assert bank.frames() == [0, 1] == bank.index.frames() and bank.stats()["forgotten_frames"] == 0
+        commit(bank, range(2, 5))
+        commit(bank, range(5, 8))
+        commit(bank, range(8, 11))
+        assert len(bank) == 8 and bank.frames() == bank.index.frames()
+
+
+def test_a_refused_commit_does_not_settle_how_long_embeddings_are() -> None:
+    with make() as bank:
+        with pytest.raises(ValueError, match="not in the bank"):
+            commit(bank, range(3), replace=True)
+        keys, values = pages(3)
+        bank.commit(range(3), keys, values, torch.randn(SAMPLES, 3, EMBEDDING + 1))
+        assert bank.index.embedding_dim == EMBEDDING + 1
+
+
+def test_a_frame_that_is_asked_for_anew_is_not_lost_any_more() -> None:
+    with make() as bank:
+        commit(bank, range(3))
+        bank.prefetch([7])
+        bank.wait(0)  # settles, and keeps for `settle` that frame 7 is missing
+        commit(bank, [7])
+        bank.prefetch([7])
+        assert bank.settle() == [] and bank.slot(7) >= 0
+        bank.prefetch([8, 9])
+        bank.wait(0)
+        bank.prefetch([8])
+        assert sorted(lost.frame for lost in bank.settle()) == [8, 9]
+
+
+def test_lost_frames_are_named_though_warnings_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as bank:
+        commit(bank, range(3))
+        bank.prefetch([5, 1])
+        with monkeypatch.context() as patch, pytest.raises(RuntimeWarning):
+            patch.setattr(bank, "_lose", lambda _: (_ for _ in ()).throw(RuntimeWarning()))
+            bank.settle()
+        assert bank.settle() == [(5, "missing")]
+
+
+def test_what_a_search_gives_may_be_changed() -> None:
+    with make() as bank:
+        commit(bank, range(3))
+        ids, scores = bank.search(embeddings(1)[:, 0], 1, end_frame=3)
+        found = ids.flatten().tolist()
+        ids.fill_(-1)
+        scores.zero_()
+        assert sum(bank.retrievals(frame) for frame in range(3)) == SAMPLES
+        bank.prefetch([])
+        bank.settle()
+        (entry,) = bank.log.entries()
+        assert [frame for row in entry["frames"] for frame in row] == found
+        assert all(score != 0 for row in entry["scores"] for score in row)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_a_log_that_cannot_be_written_to_stops_nothing() -> None:
+    with make(log="/dev/full") as bank:
+        commit(bank, range(3))
+        with pytest.warns(RuntimeWarning, match=r"the retrieval log /dev/full is not continued: .*No space") as caught:
+            for _ in range(3):
+                bank.search(embeddings(1)[:, 0], 1, end_frame=3)
+                bank.prefetch([1])
+                assert bank.settle() == []
+                bank.release([1])
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert len(bank.log.entries()) == 3
+
+
 # Errors
 
 
@@ -613,6 +724,7 @@ def test_a_configuration_for_other_pages_and_a_folder_that_is_none(tmp_path: Pat
         ({"keys": [torch.zeros(2, 2, 3, 8, 2).mT] * 3}, ValueError, ("keys", "contiguous")),
         ({"keys": pages(3)[0].to("meta")}, ValueError, ("keys", "meta")),
         ({"embeddings": embeddings(2)}, ValueError, ("embeddings", "(2, 2, 6)")),
+        ({"embeddings": torch.zeros(2, 3, 0)}, ValueError, ("embeddings", "0")),
         ({"embeddings": torch.zeros(2, 3, 5)}, ValueError, ("embeddings", "(2, 3, 5)")),
         ({"embeddings": torch.zeros(2, 3, 6, dtype=torch.int64)}, TypeError, ("embeddings", "int64")),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -10,31 +12,102 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlive_rag_ops.bank.catalogue import Catalogue, take_back
+from longlive_rag_ops.bank.frame_heap import FrameHeap
 from longlive_rag_ops.bank.host_copy import HostCopy
 from longlive_rag_ops.bank.policies import POLICIES, MostRedundant, make_policy
 from longlive_rag_ops.index import FrameIndex
 
 
+class Members:
+    """A policy with its members."""
+
+    def __init__(self, name: str, frames: Iterable[int], retrievals: dict[int, int] | None = None) -> None:
+        self.frames: set[int] = set()
+        self.policy: Any = make_policy(name, self.frames, {} if retrievals is None else retrievals)
+        for frame in frames:
+            self.join(frame)
+
+    def join(self, frame: int) -> None:
+        self.frames.add(frame)
+        self.policy.joined(frame)
+
+    def choose(self, candidates: Iterable[int]) -> int | None:
+        """Among these, the other members being kept."""
+        choice: int | None = self.policy.choose(self.frames - set(candidates))
+        return choice
+
+
+def most_redundant(frames: int, dim: int, samples: int = 1) -> tuple[Members, MostRedundant, FrameIndex]:
+    members = Members("most_redundant", range(frames))
+    return members, members.policy, FrameIndex(samples, dim, torch.float32)
+
+
 def test_every_policy_but_error_chooses() -> None:
     assert POLICIES == ("error", "oldest", "least_retrieved", "most_redundant")
     for name in POLICIES[1:]:
-        policy = make_policy(name, {})
-        assert policy.name == name and policy.choose([4, 7]) == 4
+        members = Members(name, [7, 4, 9])
+        assert members.policy.name == name and members.choose([4, 7]) == 4
+        assert members.choose([9]) == 9 and members.choose([]) is None and Members(name, []).choose([]) is None
     with pytest.raises(NotImplementedError):
-        make_policy("error", {}).choose([4])
+        Members("error", [4]).choose([4])
 
 
 def test_oldest_is_the_lowest_number() -> None:
-    assert make_policy("oldest", {3: 9}).choose([3, 5, 9]) == 3
+    members = Members("oldest", [3, 5, 9], {3: 9})
+    assert members.choose([3, 5, 9]) == 3
+    members.frames.remove(3)
+    assert members.choose([5, 9]) == 5
+    members.join(3)
+    assert members.choose([3, 5, 9]) == 3 and members.choose([9]) == 9 and members.choose([5, 9]) == 5
 
 
 def test_least_retrieved_counts_and_prefers_the_older_among_equals() -> None:
     retrievals = {3: 2, 5: 1, 9: 1}
-    policy = make_policy("least_retrieved", retrievals)
-    assert policy.choose([3, 5, 9]) == 5
+    members = Members("least_retrieved", [3, 5, 9], retrievals)
+    assert members.choose([3, 5, 9]) == 5
     retrievals[5] += 1
-    assert policy.choose([3, 5, 9]) == 9
-    assert policy.choose([3, 5, 9, 11]) == 11  # never
+    assert members.choose([3, 5, 9]) == 9
+    members.join(11)
+    assert members.choose([3, 5, 9, 11]) == 11  # never
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["join", "join", "leave", "find", "choose"]), st.sets(st.integers(0, 9), min_size=1)),
+        max_size=60,
+    )
+)
+def test_heaps_choose_as_a_search_through_everything(steps: list[tuple[str, set[int]]]) -> None:
+    retrievals: dict[int, int] = {}
+    oldest, least = Members("oldest", []), Members("least_retrieved", [], retrievals)
+    for kind, frames in steps:
+        for frame in frames:
+            if kind == "join" and frame not in oldest.frames:
+                oldest.join(frame)
+                least.join(frame)
+            elif kind == "leave":
+                retrievals.pop(frame, None)
+                oldest.frames.discard(frame)
+                least.frames.discard(frame)
+            elif kind == "find" and frame in oldest.frames:
+                retrievals[frame] = retrievals.get(frame, 0) + 1
+        free = frames & oldest.frames
+        assert oldest.choose(frames) == min(free, default=None)
+        assert least.choose(frames) == min(free, key=lambda f: (retrievals.get(f, 0), f), default=None)
+
+
+@pytest.mark.parametrize("name", POLICIES[1:])
+def test_frames_that_come_and_go_leave_nothing_behind(name: str) -> None:
+    members = Members(name, [])
+    for frame in range(5000):
+        members.join(frame % 20)
+        members.frames.discard(frame % 20)
+        members.join(frame % 20)
+        if frame >= 10:
+            members.frames.discard((frame - 10) % 20)
+    heaps = [each for each in vars(members.policy).values() if isinstance(each, FrameHeap)]
+    assert heaps and all(len(heap) < 200 for heap in heaps)
 
 
 # Few directions, so that cosines tie; -1 stands for an embedding that is not finite, 0 for the zero embedding.
@@ -89,12 +162,13 @@ STEPS = st.lists(
 def test_most_redundant_is_kept_as_if_it_were_computed_anew(
     samples: int, steps: list[tuple[str, list[int], list[int]]]
 ) -> None:
-    policy, model = MostRedundant(), Model(samples)
-    index = FrameIndex(samples, 3, torch.float32)
+    members, policy, index = most_redundant(12, 3, samples)
+    model = Model(samples)
 
     def remove(frame: int) -> None:
         policy.removed(index, frame)
         index.remove(frame)
+        members.join(frame)  # comes back without an embedding
         del model.units[frame]
 
     for kind, frames, choices in steps:
@@ -110,15 +184,15 @@ def test_most_redundant_is_kept_as_if_it_were_computed_anew(
         elif kind == "remove" and frames[0] in index:
             remove(frames[0])
         elif kind == "choose":
-            assert policy.choose(sorted(frames)) == model.choose(sorted(frames))
+            assert members.choose(frames) == model.choose(sorted(frames))
         elif kind == "forget" and len(index):
-            chosen = policy.choose(index.frames())
+            chosen = members.choose(index.frames())
             assert chosen == model.choose(index.frames())
             remove(chosen)
         assert index.frames() == sorted(model.units)
     everything = list(range(12))
     while everything:
-        chosen = policy.choose(everything)
+        chosen = members.choose(everything)
         assert chosen == model.choose(everything)
         assert policy.redundancy(chosen) == model.redundancy(chosen)
         everything.remove(chosen)
@@ -127,34 +201,34 @@ def test_most_redundant_is_kept_as_if_it_were_computed_anew(
 
 
 def test_one_of_two_twins_goes_and_the_other_is_unique_then() -> None:
-    policy, index = MostRedundant(), FrameIndex(1, 4, torch.float32)
+    members, policy, index = most_redundant(4, 4)
     index.append(range(4), torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0.001], [0.6, 0.8, 0, 0]]]))
     policy.added(index, range(4))
-    assert policy.choose([0, 1, 2, 3]) == 1
+    assert members.choose([0, 1, 2, 3]) == 1
     policy.removed(index, 1)
     index.remove(1)
-    assert policy.choose([0, 2, 3]) == 2  # 0.8 to frame 3, which is as near to it: the older
-    assert policy.choose([0, 3]) == 3
+    assert members.choose([0, 2, 3]) == 2  # 0.8 to frame 3, which is as near to it: the older
+    assert members.choose([0, 3]) == 3
 
 
 def test_a_frame_is_as_redundant_as_where_it_is_least_so() -> None:
-    policy, index = MostRedundant(), FrameIndex(2, 2, torch.float32)
+    members, policy, index = most_redundant(3, 2, samples=2)
     first = [[1.0, 0], [1, 0], [0, 1]]  # frames 0 and 1 are the same here,
     second = [[1.0, 0], [0, 1], [0.6, 0.8]]  # and nothing to each other here
     index.append(range(3), torch.tensor([first, second]))
     policy.added(index, range(3))
     redundancies = [policy.redundancy(frame) for frame in range(3)]
     torch.testing.assert_close(redundancies, [0.6, 0.8, 0.0])
-    assert policy.choose([0, 1, 2]) == 1
+    assert members.choose([0, 1, 2]) == 1
 
 
 def test_what_no_search_can_find_goes_first() -> None:
-    policy, index = MostRedundant(), FrameIndex(1, 2, torch.float32)
+    members, policy, index = most_redundant(8, 2)
     index.append(range(4), torch.tensor([[[1.0, 0], [1, 0], [torch.nan, 0], [0, 1]]]))
     policy.added(index, range(4))
-    assert policy.choose([0, 1, 2, 3]) == 2
-    assert policy.choose([0, 1, 7]) == 7  # has no embedding
-    assert policy.choose([0, 1, 3]) == 0
+    assert members.choose([0, 1, 2, 3]) == 2
+    assert members.choose([0, 1, 7]) == 7  # has no embedding
+    assert members.choose([0, 1, 3]) == 0
 
 
 def test_a_commit_compares_once_and_a_removal_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +242,7 @@ def test_a_commit_compares_once_and_a_removal_not_at_all(monkeypatch: pytest.Mon
         return scores(self, row)
 
     monkeypatch.setattr(MostRedundant, "_scores", counted)
-    policy, index = MostRedundant(), FrameIndex(1, 16, torch.float32)
+    members, policy, index = most_redundant(600, 16)
     generator = torch.Generator().manual_seed(0)
     for start in range(0, 600, 3):
         frames = range(start, start + 3)
@@ -176,7 +250,7 @@ def test_a_commit_compares_once_and_a_removal_not_at_all(monkeypatch: pytest.Mon
         policy.added(index, frames)
     assert passes == 600
     for _ in range(300):
-        chosen = policy.choose(index.frames())
+        chosen = members.choose(index.frames())
         policy.removed(index, chosen)
         index.remove(chosen)
     assert passes - 600 < 2 * 300
@@ -188,23 +262,33 @@ def catalogue() -> Catalogue:
 
 
 def test_sink_pinned_and_fetched_frames_are_no_candidates(catalogue: Catalogue) -> None:
+    def candidates() -> list[int]:
+        found = []
+        while (frame := catalogue.choose()) is not None:
+            found.append(frame)
+            catalogue.drop(frame)
+        catalogue.join(found)
+        assert catalogue.forgettable() == len(found)
+        return found
+
+    catalogue.join(range(9))
     catalogue.pins.update([4, 4, 6])
     catalogue.fetched.update([5])
-    assert catalogue.candidates(range(9)) == [2, 3, 7, 8]
+    assert candidates() == [2, 3, 7, 8]
     take_back(catalogue.pins, [4, 6, 8])
     take_back(catalogue.fetched, [5])
-    assert catalogue.candidates(range(9)) == [2, 3, 5, 6, 7, 8]
+    assert candidates() == [2, 3, 5, 6, 7, 8]
     assert catalogue.pinned() == {4}
     take_back(catalogue.pins, [4, 4, 4])
     assert catalogue.pinned() == set()
 
 
 def test_what_searches_find_is_counted_for_frames_in_the_index(catalogue: Catalogue) -> None:
-    catalogue.make_index(range(2, 6), torch.zeros(2, 4, 3))
+    catalogue.join(range(2, 6))
     catalogue.embed(range(2, 6), torch.zeros(2, 4, 3))
     for _ in range(20):
         catalogue.found(HostCopy(torch.tensor([[2, 3, -1], [3, 9, -1]])))
-    assert catalogue.choose([2, 3, 4]) == 4
+    assert catalogue.choose() == 4
     assert [catalogue.retrievals(frame) for frame in (2, 3, 4, 9)] == [20, 40, 0, 0]
     catalogue.drop(3)
     assert catalogue.retrievals(3) == 0 and 3 not in catalogue.index
@@ -213,7 +297,8 @@ def test_what_searches_find_is_counted_for_frames_in_the_index(catalogue: Catalo
 
 
 def test_redundancy_survives_the_growth_of_the_index() -> None:
-    policy, index, model = MostRedundant(), FrameIndex(1, 3, torch.float32), Model(1)
+    members, policy, index = most_redundant(3 * FrameIndex.FIRST_ROWS, 3)
+    model = Model(1)
     rng = random.Random(3)
     for frame in range(3 * FrameIndex.FIRST_ROWS):
         choice = rng.randrange(1, len(DIRECTIONS))
@@ -221,4 +306,4 @@ def test_redundancy_survives_the_growth_of_the_index() -> None:
         policy.added(index, [frame])
         model.put(frame, [choice])
     candidates = index.frames()[::7]
-    assert policy.choose(candidates) == model.choose(candidates)
+    assert members.choose(candidates) == model.choose(candidates)
