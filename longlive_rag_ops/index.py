@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .config import check_int
 from .modes import normal_tensors
 from .reference import lse_dtype, unit_rows
-
-Rows = slice | list[int]
 
 
 class FrameIndex:
@@ -99,13 +97,15 @@ class FrameIndex:
             normalized: the embeddings came from `embedding`: rows of unit length, or NaN, are stored as they are.
         """
         self.reserve(frames)
-        rows = [self._row[frame] if frame in self._row else self._free_row() for frame in frames]
         embeddings = embeddings.to(self.embeddings.dtype)  # what float32 cannot hold is infinite from here on
         finite = embeddings.isfinite().all(-1)  # (B, n)
         units = embeddings if normalized else unit_rows(embeddings)
-        at = _consecutive(rows)
-        self.embeddings[:, at] = torch.where(finite[..., None], units, 0.0)
-        self.ids[:, at] = torch.where(finite, _numbers(frames, self.ids.device), -1)
+        units = torch.where(finite[..., None], units, 0.0)
+        ids = torch.where(finite, _numbers(frames, self.ids.device), -1)
+        rows = [self._row[frame] if frame in self._row else self._free_row() for frame in frames]
+        for at, part in _runs(rows):
+            self.embeddings[:, at] = units[:, part]
+            self.ids[:, at] = ids[:, part]
         self.length.fill_(self._used)
         self._row.update(zip(frames, rows, strict=True))
         return (~finite).sum()
@@ -141,19 +141,23 @@ class FrameIndex:
         self.ids = torch.cat([self.ids, self.ids.new_full((self.samples, more), -1)], 1)
 
 
-def _consecutive(numbers: list[int]) -> Rows:
-    """As a slice where it can be one: a list would be copied to the device, and the host would wait for that."""
-    if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-        return slice(numbers[0], numbers[0] + len(numbers))
-    return numbers
+def _runs(rows: list[int]) -> Iterator[tuple[slice, slice]]:
+    """The runs of consecutive rows, and where they are in the list: a list as an index would be copied to the device,
+    and the host would wait for that."""
+    first = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end] != rows[end - 1] + 1:
+            yield slice(rows[first], rows[first] + end - first), slice(first, end)
+            first = end
 
 
 def _numbers(frames: Sequence[int], device: torch.device) -> torch.Tensor:
-    """``(n,)`` int64."""
-    run = _consecutive(list(frames))
-    if isinstance(run, slice):
-        return torch.arange(run.start, run.stop, device=device)
-    return torch.tensor(run, dtype=torch.int64, device=device)
+    """``(n,)`` int64, without waiting for the device."""
+    first = frames[0] if frames else 0
+    if list(frames) == list(range(first, first + len(frames))):
+        return torch.arange(first, first + len(frames), device=device)
+    numbers = torch.tensor(frames, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True)
 
 
 def unit_query(embeddings: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from longlive_rag_ops.index import FrameIndex
 
@@ -55,6 +58,38 @@ def test_rows_of_removed_frames_come_first() -> None:
     assert index.ids[0, :11].tolist() == [0, 1, 2, 20, 4, 5, 6, 30, 8, 9, 40]
     assert index.used == int(index.length) == 11
     assert index.frames() == [0, 1, 2, 4, 5, 6, 8, 9, 20, 30, 40] and 20 in index and 3 not in index
+
+
+class NoLists(TorchFunctionMode):
+    """Fails where a tensor is indexed with a list, which on a GPU is copied to it while the host waits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.__setitem__, torch.Tensor.__getitem__):
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list | torch.Tensor) for part in parts), parts
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_written_without_waiting_for_the_device() -> None:
+    index = FrameIndex(1, 2, torch.float32)
+    index.append(range(10), torch.ones(1, 10, 2))
+    for frame in (8, 2, 5, 4):
+        index.remove(frame)
+    with NoLists():
+        index.put([20, 31, 22, 23, 24], torch.eye(2).repeat(1, 3, 1)[:, :5])
+    assert index.ids[0, :11].tolist() == [0, 1, 20, 3, 31, 22, 6, 7, 23, 9, 24]
+    assert index.embeddings[0, [2, 4, 5, 8, 10], 0].tolist() == [1, 0, 1, 0, 1]
+
+
+def test_memory_that_is_refused_leaves_the_index_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = FrameIndex(1, 2, torch.float32)
+    index.append(range(10), torch.ones(1, 10, 2))
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "where", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        index.put([20, 21], torch.ones(1, 2, 2))
+    assert index.used == 10 and 20 not in index
+    index.put([20], torch.ones(1, 1, 2))
+    assert index.row(20) == 10
 
 
 def test_frames_need_not_be_a_run() -> None:
