@@ -73,7 +73,7 @@ class BankConfig:
         slab_bytes: host memory is taken in pieces of this size, rounded down to whole frames, at least one.
         shard_bytes: likewise of files on disk.
         direct_io: read and write disk past the system's cache, where the file system allows it.
-        io_threads: threads that read and write, and so requests under way on disk.
+        io_threads: threads that read and write, and so requests under way on disk; 1 to 64.
         log: file to which the retrieval log is appended as it goes (see `RetrievalLog`); None: only kept in memory.
 
     Raises:
