@@ -109,6 +109,7 @@ void Bank::State::repair() {
 
 // Gives back what nothing uses any more.
 void Bank::State::tend() noexcept {
+  records->drop_reached();
   if (!unmarked_to_host && !unmarked_to_device) records->reap();
 }
 

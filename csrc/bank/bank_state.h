@@ -139,6 +139,7 @@ struct Bank::State {
   void drop_damaged(Entry& entry, std::string reason) noexcept;
   void forget(const std::vector<Frame>& frames);
   void clear();
+  std::int64_t kept_back() const;
   std::int64_t room() const;
   BankStats snapshot() const;
 
@@ -175,6 +176,7 @@ struct Bank::State {
   mutable std::mutex mutex;             // of everything below, and of records and slots
   std::condition_variable changed;      // a job, a reader or a call ended
   std::uint64_t changes = 0;            // how often
+  std::uint64_t arrivals = 0;           // of the device's points, when a call last gave up looking for a record
   bool closing = false, closed = false;
   std::atomic<bool> abandoned{false};   // as closing, for jobs: what has not begun is left undone
   std::int64_t callers = 0;             // public calls under way

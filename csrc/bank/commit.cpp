@@ -16,7 +16,8 @@ struct Bank::State::Storing {
   std::vector<char> own;         // the record that the frame has already
   std::vector<Record*> taken;    // the others
   std::map<Frame, Entry> fresh;  // frames that were not there
-  std::shared_ptr<std::vector<EventRef>> points;
+  Points points;
+  std::list<Points> watched{points};
   bool copying = false;
 };
 
@@ -128,7 +129,7 @@ void Bank::State::store(Storing& storing, const std::vector<PageSource>& pages, 
   const PageLayout& layout = options.layout;
   std::vector<EventRef> after;
   for (Record* record : storing.records) {
-    if (!reached(*device, record->fetched)) after.push_back(record->fetched);
+    if (!records->fetched(*record)) after.push_back(record->fetched->back());
   }
   for (const Frame frame : storing.frames) {
     if (find(frame) == nullptr) storing.fresh[frame].frame = frame;
@@ -202,6 +203,7 @@ void Bank::State::publish(Storing& storing, bool replace) noexcept {
   }
   frames.merge(storing.fresh);
   std::copy(storing.points->begin(), storing.points->end(), to_host.begin());
+  records->watch(Direction::kToHost, storing.watched);
   for (const Segment& segment : options.layout.segments) {
     counts.stored_bytes += segment.bytes * options.layout.pages() * static_cast<std::int64_t>(storing.frames.size());
   }

@@ -164,6 +164,7 @@ void Bank::State::copy_in(const std::vector<Entry*>& entries) {
   std::vector<Copy> copies;
   std::vector<Slot> places;
   points.reserve(static_cast<std::size_t>(layout.layers));
+  std::list<Points> watched{std::make_shared<std::vector<EventRef>>(1)};
   for (const Entry* entry : entries) {
     places.push_back(slots.lookup(entry->frame));
     slots.collect(*device, places.back(), after);
@@ -172,11 +173,13 @@ void Bank::State::copy_in(const std::vector<Entry*>& entries) {
   copies.reserve(entries.size() * static_cast<std::size_t>(layout.samples) * layout.segments.size());
   bool copying = false;
   const auto mark = [&] {
-    for (std::size_t i = 0; i < entries.size() && copying; ++i) {
-      if (points.empty()) continue;
-      entries[i]->host->fetched = points.back();
+    if (points.empty()) return;
+    watched.front()->back() = points.back();
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+      entries[i]->host->fetched = watched.front();
       slots.filling(places[i], points.back());
     }
+    records->watch(Direction::kToDevice, watched);
   };
   try {
     for (std::int64_t layer = 0; layer < layout.layers; ++layer) {
@@ -184,7 +187,7 @@ void Bank::State::copy_in(const std::vector<Entry*>& entries) {
       for (std::size_t i = 0; i < entries.size(); ++i) {
         const Record& record = *entries[i]->host;
         // The copy that brings this layer here may be under way itself.
-        if (record.written) {
+        if (record.written && !record.written->empty()) {
           const EventRef& written = (*record.written)[static_cast<std::size_t>(layer)];
           if (written && std::find(after.begin(), after.end(), written) == after.end()) after.push_back(written);
         }

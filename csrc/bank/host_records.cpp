@@ -38,9 +38,10 @@ void HostRecords::move(Record& record, Record::Place place) noexcept {
   record.place = place;
 }
 
+// What was spilled before was used before, mostly: the search begins at the end.
 void HostRecords::move_by_use(Record& record) noexcept {
-  auto before = both.begin();
-  while (before != both.end() && before->used < record.used) ++before;
+  auto before = both.end();
+  while (before != both.begin() && std::prev(before)->used > record.used) --before;
   both.splice(before, list(record.place), record.self);
   record.place = Record::Place::kBoth;
 }
@@ -50,16 +51,32 @@ void HostRecords::touch(Record& record) noexcept {
   if (record.place != Record::Place::kLoose) move(record, record.place);
 }
 
-bool HostRecords::stored(Record& record) noexcept {
-  if (!record.written) return true;
-  // The layers are copied in order.
-  EventRef last = record.written->empty() ? nullptr : record.written->back();
-  if (!reached(device_, last)) return false;
-  record.written.reset();
+void HostRecords::watch(Direction direction, std::list<Points>& points) noexcept {
+  auto& watched = direction == Direction::kToHost ? to_host_ : to_device_;
+  watched.splice(watched.end(), points);
+}
+
+void HostRecords::drop_reached() noexcept {
+  for (std::list<Points>* watched : {&to_host_, &to_device_}) {
+    while (!watched->empty() && passed(watched->front())) watched->pop_front();
+  }
+}
+
+bool HostRecords::passed(Points& points) noexcept {
+  if (!points) return true;
+  // The copies keep their order.
+  if (!points->empty()) {
+    if (!reached(device_, points->back())) return false;
+    points->clear();
+  }
+  points.reset();
+  ++arrivals_;
   return true;
 }
 
-bool HostRecords::quiet(Record& record) noexcept { return stored(record) && reached(device_, record.fetched); }
+bool HostRecords::stored(Record& record) noexcept { return passed(record.written); }
+bool HostRecords::fetched(Record& record) noexcept { return passed(record.fetched); }
+bool HostRecords::quiet(Record& record) noexcept { return stored(record) && fetched(record); }
 
 void HostRecords::reap() noexcept {
   for (auto record = loose.begin(); record != loose.end();) {

@@ -13,15 +13,15 @@ namespace longlive::bank {
 
 struct Entry;
 
-// One point a layer, ascending; shared by the frames of a commit.
-using LayerPoints = std::shared_ptr<const std::vector<EventRef>>;
+// Points of copies, the last of which says that all are done; empty once that is known. Shared by the frames of a call.
+using Points = std::shared_ptr<std::vector<EventRef>>;
 
 struct Record {
   std::byte* memory = nullptr;
   Entry* owner = nullptr;  // the frame whose `host` this is
   int users = 0;           // threads and jobs of the host that read or write it
-  LayerPoints written;     // copies from the device into it; null: done
-  EventRef fetched;        // the last copy from it to the device; earlier ones lie before
+  Points written;          // copies from the device into it, one a layer; null: done
+  Points fetched;          // the last copy from it to the device, earlier ones lie before; null: done
   std::uint64_t used = 0;  // when its frame was used
   enum class Place { kLoose, kOnly, kBoth } place = Place::kLoose;
   std::list<Record>::iterator self;  // in the list of that place
@@ -85,8 +85,16 @@ class HostRecords {
   void move_by_use(Record& record) noexcept;
   void touch(Record& record) noexcept;
 
+  // Takes over a list of one: its points are dropped as soon as they have been reached, be the records asked for or not,
+  // so that no more of the device's events are held than copies are under way. Each queue in the order of its copies.
+  void watch(Direction direction, std::list<Points>& points) noexcept;
+  void drop_reached() noexcept;
+  // How often points were found to have been reached: the device may get on between two looks at the same record.
+  std::uint64_t arrivals() const { return arrivals_; }
+
   bool stored(Record& record) noexcept;                    // copies from the device into it are done
-  bool quiet(Record& record) noexcept;                     // stored, and read by no copy
+  bool fetched(Record& record) noexcept;                   // copies from it to the device are done
+  bool quiet(Record& record) noexcept;                     // both
   void reap() noexcept;                                    // gives loose records back
   std::int64_t free_count() const { return arena_.stats().capacity - arena_.stats().used; }
   const ArenaStats& stats() const { return arena_.stats(); }
@@ -96,10 +104,12 @@ class HostRecords {
  private:
   void take_fresh(std::int64_t count, std::vector<Record*>& taken);
   List& list(Record::Place place);
+  bool passed(Points& points) noexcept;
 
   Device& device_;
   HostArena arena_;
-  std::uint64_t uses_ = 0;
+  std::uint64_t uses_ = 0, arrivals_ = 0;
+  std::list<Points> to_host_, to_device_;
 };
 
 }  // namespace longlive::bank

@@ -1,5 +1,6 @@
 // Spilling: frames that only host memory holds are written to disk, so that their records can be dropped.
 #include <algorithm>
+#include <utility>
 
 #include "bank/bank_state.h"
 #include "bank/crc32c.h"
@@ -164,8 +165,8 @@ void Bank::State::make_room(Lock& lock, std::int64_t wanted, bool idle, const ch
       if (!idle || point) break;
       if (!records->stored(record)) {
         point = record.written->back();
-      } else if (!reached(*device, record.fetched)) {
-        point = record.fetched;
+      } else if (!records->fetched(record)) {
+        point = record.fetched->back();
       }
     }
   }
@@ -173,6 +174,8 @@ void Bank::State::make_room(Lock& lock, std::int64_t wanted, bool idle, const ch
     wait_point(lock, point);
     return;
   }
+  // What was under way when records were chosen may be done by now.
+  if (std::exchange(arrivals, records->arrivals()) != records->arrivals()) return;
   throw BankFull(std::string("no host memory for ") + what + ": " + std::to_string(wanted) + " record(s) wanted, of " +
                  std::to_string(records->stats().capacity) + " " + std::to_string(records->only.size()) +
                  " hold frames that are nowhere else" +

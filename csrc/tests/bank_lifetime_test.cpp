@@ -23,7 +23,57 @@ struct SlowSpace : Faults {
   }
 };
 
+// Copies at once, and counts the points that somebody still has.
+class CountingDevice final : public Device {
+ public:
+  explicit CountingDevice(std::shared_ptr<std::atomic<int>> points) : points_(std::move(points)) {}
+  EventRef record(Stream) override { return std::make_shared<Point>(points_); }
+  void wait(Stream, const EventRef&) override {}
+  EventRef copy(Direction, const std::vector<Copy>& copies, const std::vector<EventRef>&) override {
+    copy_on(0, copies);
+    return record(0);
+  }
+  void copy_on(Stream, const std::vector<Copy>& copies) override {
+    for (const Copy& copy : copies) {
+      std::memmove(reinterpret_cast<void*>(copy.to), reinterpret_cast<const void*>(copy.from),
+                   static_cast<std::size_t>(copy.bytes));
+    }
+  }
+  bool done(const EventRef&) override { return true; }
+  void synchronize(const EventRef&) override {}
+  bool capturing(Stream) override { return false; }
+  bool lock(void*, std::size_t, std::string*) override { return false; }
+  void unlock(void*) noexcept override {}
+  DeviceStats stats() const override { return {}; }
+
+ private:
+  struct Point final : Event {
+    explicit Point(std::shared_ptr<std::atomic<int>> the_points) : points(std::move(the_points)) { ++*points; }
+    ~Point() override { --*points; }
+    std::shared_ptr<std::atomic<int>> points;
+  };
+  std::shared_ptr<std::atomic<int>> points_;
+};
+
 }  // namespace
+
+// A driver has no million events to spare: frames that nobody asks for hold none.
+TEST_CASE(frames_at_rest_hold_no_points) {
+  const auto points = std::make_shared<std::atomic<int>>(0);
+  Rig rig(2, 200, 0);
+  rig.open(std::make_unique<CountingDevice>(points));
+  for (Frame frame = 0; frame < 200; ++frame) {
+    rig.commit({frame});
+    rig.bank->prefetch({frame}, 0);
+    CHECK(rig.bank->settle().empty());
+    for (std::int64_t layer = 0; layer < kLayers; ++layer) rig.bank->wait(layer, 0);
+    rig.bank->release({frame}, 0);
+    CHECK(*points <= 40);
+  }
+  for (Frame frame = 0; frame < 200; ++frame) CHECK(rig.has(frame));
+  rig.bank->close();
+  CHECK(*points == 0);
+}
 
 // A spill that has found its place submits the jobs that write, though the bank is being closed.
 TEST_CASE(closed_while_a_spill_finds_its_place) {
