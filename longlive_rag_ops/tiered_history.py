@@ -116,7 +116,8 @@ class TieredHistory(FrameHistory):
 
     def add(self, start: int, embeddings: torch.Tensor, staging: torch.Tensor) -> None:
         frames = range(start, start + embeddings.shape[1])
-        if self._search is None or self._search[0] != frames.stop:
+        searched = self._search is not None and self._search[0] == frames.stop
+        if not searched:
             self.search(frames.stop, embeddings[:, -1])
         chosen, _ = self._result()
         # What the next block needs must not be given up for this one's pages.
@@ -127,22 +128,29 @@ class TieredHistory(FrameHistory):
             self.bank.commit(frames, [keys for keys, _ in pages], [values for _, values in pages], embeddings)
         except BaseException:
             self._pin(pinned)
+            if not searched:  # the embeddings may be others the next time
+                self._search = None
             raise
         self._pin(wanted)
 
     def choose(self, start: int, state: torch.Tensor) -> None:
         self.chosen, self.scores = self._result()
-        self._search = None
         self.release()
         self._fetch(memory_arrivals(state, self.chosen))
+        self._search = None  # last: until then the call may be repeated
 
     def settle(self, state: torch.Tensor) -> None:
-        while lost := self.bank.settle():
+        while True:
+            lost = self.bank.settle()
             self._fetched -= {frame for frame, _ in lost}
             # A page that was committed anew meanwhile is there, the one that was fetched is not.
             self._leave_out({frame for frame, reason in lost if reason != "replaced"})
-            # With fewer frames, one that the window kept may have to move, and is fetched for that.
-            self._fetch(memory_arrivals(state, self.chosen) - self._fetched)
+            # With fewer frames, one that the window kept may have to move, and is fetched for that. So is what could
+            # not be asked for when this was called the last time.
+            missing = memory_arrivals(state, self.chosen) - self._fetched
+            if not missing:
+                return
+            self._fetch(missing)
 
     def wait(self, layer: int) -> None:
         self.bank.wait(layer)

@@ -47,6 +47,10 @@ class MemoryWindow:
             least recently retrieved frame.
         bank: limits of a memory bank that keeps the history in host memory and on disk; None keeps it in the pool.
             Results are the same bit for bit, whatever the limits, as long as nothing is forgotten and storage is plain.
+            Call `retrieve` as soon as the block's embeddings are there, before its last forward: the pages it finds are
+            then fetched while the GPU still computes. When done call ``window.bank.close()``, which gives host memory
+            and disk back; else that happens when nobody refers to the window any more. A window whose bank is closed
+            cannot go on: its calls raise `RuntimeError`.
         rope: rotary table ``(P, head_dim // 2, 2)``; made by `rotary.rotary_table` when not given.
         rope_split: real channels of (time, height, width); `rotary.default_split` when not given.
         engine: ``auto`` or an engine's name, see `engines`; decided once, when the window is made.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from test_window_properties import WIDTH, Case, build, embeddings_of, retrieving
 from window_pair import Pair, one_thread, rejected
 
-from longlive_rag_ops import BankConfig, MemoryWindow, WindowConfig
+from longlive_rag_ops import BankConfig, MemoryBank, MemoryWindow, WindowConfig
 from longlive_rag_ops.bank.page_format import PageFormat
 from longlive_rag_ops.history import least_history
 from longlive_rag_ops.replay import replay
@@ -40,7 +41,7 @@ def tiers(case: Case, folder: Path, storage: str = "plain") -> Iterator[tuple[st
     yield "all on the device", BankConfig(host_bytes=2 * room, **options), frames
     yield "all in host memory", BankConfig(host_bytes=room, **options), fetched
     spill = {"disk_bytes": room, "spill": folder, "shard_bytes": 2 * record}
-    fewest = 2 * config.frames_per_block + 2 * fetched
+    fewest = config.frames_per_block + fetched
     yield "most on disk", BankConfig(host_bytes=fewest * record, **spill, **options), None
     yield "most on disk, few slots", BankConfig(host_bytes=fewest * record, **spill, **options), fetched
 
@@ -218,6 +219,71 @@ def test_embeddings_are_given_once() -> None:
     pair.window.finish(0)
     pair.sim.finish(2, embeddings)
     pair.block()
+
+
+class Refused(Exception):
+    """Raised by a bank's method that a test has made fail."""
+
+
+@contextmanager
+def refusing(bank: MemoryBank, method: str) -> Iterator[None]:
+    """The bank's method raises, once."""
+
+    def refuse(*_: object, **__: object) -> None:
+        setattr(bank, method, call)
+        raise Refused
+
+    call = getattr(bank, method)
+    setattr(bank, method, refuse)
+    with pytest.raises(Refused):
+        yield
+    assert getattr(bank, method) == call, "was called"
+
+
+@pytest.mark.parametrize("method", ["search", "commit", "prefetch", "release"])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_block_that_could_not_be_finished_can_be(method: str, early: bool) -> None:
+    """Whatever fails in `finish`, it may be called again; without `retrieve`, with other embeddings."""
+    pair = Pair(6, 1, 2, 1, 2, **SMALL, bank=BankConfig(host_bytes=40 * record_bytes(SMALL)))
+    bank = pair.window.bank
+    assert bank is not None
+    for _ in range(14):
+        pair.forward()
+        first, embeddings = pair.embeddings(), pair.embeddings()
+        again = method in ("search", "commit")  # what was stored keeps its embeddings
+        if early and method == "search":
+            with refusing(bank, method):
+                pair.window.retrieve(pair.start, first)
+        if early:
+            pair.window.retrieve(pair.start, embeddings)
+        if not (early and method == "search"):
+            with refusing(bank, method):
+                pair.window.finish(pair.start, *([] if early else [first if again else embeddings]))
+        pair.window.finish(pair.start, *([] if early or not again else [embeddings]))
+        pair.sim.finish(2, embeddings)
+    pair.block()
+    assert pair.window.selected[0]
+
+
+def test_a_block_that_could_not_begin_can() -> None:
+    """Pages that were replaced while they were fetched are fetched again, be it at the second attempt."""
+    pair = Pair(6, 1, 2, 0, 2, **SMALL, bank=BankConfig(host_bytes=80 * record_bytes(SMALL)), history_slots=2)
+    bank, refused = pair.window.bank, 0
+    assert bank is not None
+    for _ in range(20):
+        asked = sorted(pair.window._history._fetched)  # type: ignore[attr-defined]
+        for frame in asked:
+            keys, values = bank.read(frame)
+            bank.commit([frame], [keys], [values], replace=True)
+        others = [frame for frame in range(1, pair.start) if frame not in asked][:2]
+        if asked and len(others) == 2:
+            bank.prefetch(others)  # take the slots
+            bank.release(others)
+            with refusing(bank, "prefetch"):
+                pair.forward()
+            refused += 1
+        pair.block()
+    assert refused > 3
 
 
 def test_a_page_can_be_looked_at_from_every_tier(tmp_path: Path) -> None:
