@@ -83,13 +83,17 @@ void Bank::State::clear() {
   tend();
 }
 
+// Host records that frames beside the disk's never fill: for those on their way to the device, and for new generations
+// of frames that are on disk alone.
+std::int64_t Bank::State::kept_back() const { return std::max(options.bounce_records, options.commit_records); }
+
 std::int64_t Bank::State::room() const {
   std::int64_t capacity = records->stats().capacity;
   if (disk) {
     // A disk that refuses to be written to still holds what it holds, and no more needs to be fetched from it.
     const bool failing = spill_failures >= kMostSpillFailures;
     const std::int64_t held = failing ? disk_frames : disk->stats().capacity;
-    capacity += held - std::min(held, options.bounce_records);
+    capacity += held - std::min(held, kept_back());
   }
   return capacity - static_cast<std::int64_t>(frames.size());
 }

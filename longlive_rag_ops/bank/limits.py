@@ -11,6 +11,11 @@ def bounce_records(config: BankConfig, most_fetched: int, slots: int) -> int:
     return max(1, most_fetched) if config.disk_bytes and slots else 0
 
 
+def kept_back(config: BankConfig, most_fetched: int, slots: int, frames_per_commit: int) -> int:
+    """Host memory, in frames, that is never filled with what is nowhere else: a full bank fetches and replaces any."""
+    return max(bounce_records(config, most_fetched, slots), frames_per_commit) if config.disk_bytes else 0
+
+
 def check_limits(
     pages: PageFormat, config: BankConfig, *, slots: int, most_fetched: int, sink: int, frames_per_commit: int
 ) -> None:
@@ -37,9 +42,10 @@ def check_limits(
     if host < bounce + frames_per_commit:
         text = f"frames_per_commit {frames_per_commit} + {bounce} on their way from disk to the device"
         raise _too_small("host_bytes", config.host_bytes, bounce + frames_per_commit, record, text)
-    if host - bounce + disk < max(kept, 1) or disk < 1:
-        needed = max(kept - (host - bounce), 1)
-        text = f"{kept_text}, less the {host - bounce} that host_bytes hold" if needed > 1 else "one frame"
+    filled = host - kept_back(config, most_fetched, slots, frames_per_commit)
+    if filled + disk < kept or disk < 1:
+        needed = max(kept - filled, 1)
+        text = f"{kept_text}, less the {filled} that host_bytes hold" if needed > 1 else "one frame"
         raise _too_small("disk_bytes", config.disk_bytes, needed, record, text)
 
 

@@ -117,8 +117,8 @@ class Limits:
 
     @property
     def kept_back(self) -> int:
-        """Host records for frames on their way from disk: not more than disk can hold."""
-        return min(self.bounce, self.disk)
+        """Host records for frames on their way from disk or being replaced: not more than disk can hold."""
+        return min(max(self.bounce, self.commit), self.disk)
 
     @property
     def most_frames(self) -> int:
@@ -222,9 +222,9 @@ class World:
             return False
         except _C.BankFull:
             assert not wrong, frames
-            # What is on disk alone needs a record before it gives up its place there.
-            needed = len(frames) - self.limits.kept_back if replace and self.limits.disk else len(frames)
-            assert room < needed and (self.limits.disk or not replace), (frames, replace, room, self.limits)
+            if replace:  # more than a commit may be: what is on disk alone needs a record before it leaves its place
+                assert len(frames) > self.limits.commit and self.limits.disk, (frames, self.limits)
+            assert room < len(frames) - (self.limits.kept_back if replace else 0), (frames, replace, room, self.limits)
             return False
         assert not wrong and (replace or room >= len(frames)), (frames, replace, room)
         for frame, record in zip(frames, records, strict=True):

@@ -69,8 +69,8 @@ class MemoryWorld:
 
     @property
     def kept_back(self) -> int:
-        """Host records for frames on their way from disk."""
-        return min(self.slots, self.config.disk_bytes // self.form.record_bytes)
+        """Host records for frames on their way from disk or being replaced."""
+        return min(max(self.slots, self.per_commit), self.config.disk_bytes // self.form.record_bytes)
 
     @property
     def most_frames(self) -> int:
@@ -147,10 +147,8 @@ class MemoryWorld:
             try:
                 gone = list(self.bank.commit(list(frames), *arguments, given, replace=replace))
             except BankFull:
-                if replace:  # what is on disk alone needs a record before it gives up its place there
-                    assert self.config.disk_bytes and self.bank.room() < len(frames) - self.kept_back
-                else:
-                    assert missing and len(list(self._take(plan))) < missing
+                assert not replace, frames  # a full bank takes new generations of any frames
+                assert missing and len(list(self._take(plan))) < missing
                 return False
         assert len(gone) == missing, (gone, missing)
         for frame, allowed in zip(gone, self._take(plan, gone), strict=True):

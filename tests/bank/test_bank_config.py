@@ -10,7 +10,7 @@ import torch
 
 from longlive_rag_ops import BankConfig, PageFormat
 from longlive_rag_ops.bank.config import format_bytes, parse_bytes
-from longlive_rag_ops.bank.limits import bounce_records, check_limits
+from longlive_rag_ops.bank.limits import bounce_records, check_limits, kept_back
 
 FORMAT = PageFormat("plain", 2, 1, 4, 2, 8, torch.float32)  # 512 bytes of a page are used
 RECORD = 2 * 4096
@@ -139,6 +139,16 @@ def test_with_disk_host_memory_must_hold_what_passes_through() -> None:
             sink=0,
             frames_per_commit=1,
         )
+
+
+def test_with_disk_host_memory_is_kept_for_a_commit_of_new_generations() -> None:
+    few = {"most_fetched": 1, "sink": 0}
+    limits(4, 3, **few)
+    with pytest.raises(ValueError, match=r"disk_bytes must be at least 24 KiB .*3 frames .*less the 1 that host_bytes"):
+        limits(4, 2, **few)
+    config = BankConfig(host_bytes=1, disk_bytes=1, spill="/somewhere")
+    assert kept_back(config, 6, 8, 3) == 6 and kept_back(config, 1, 8, 3) == 3 and kept_back(config, 0, 0, 2) == 2
+    assert kept_back(BankConfig(host_bytes=1), 6, 8, 3) == 0
 
 
 def test_slots_must_hold_a_fetch() -> None:
