@@ -8,6 +8,7 @@ import torch
 
 from .assignment import FRAME, SOURCE, STAGED
 from .config import check_int
+from .transfer import device_copy, device_numbers
 
 
 @dataclass
@@ -44,21 +45,21 @@ class Block:
 
     @classmethod
     def planned(cls, start: int, frames: int, plan: torch.Tensor, device: torch.device, in_pool: bool) -> Block:
-        """A block with the window of ``plan``, which is the only thing sent to the device."""
+        """A block with the window of ``plan``, sent to the device without waiting for it."""
         source, staged = plan[:, SOURCE], plan[:, STAGED]
         counts = set((plan[:, FRAME] >= 0).sum(1).tolist())
         state, stored = plan, None
         if not in_pool and bool((source >= 0).any()):
-            stored = source.to(device)
+            stored = device_copy(source, device)
             state = plan.clone()
             state[:, SOURCE] = -1
         return cls(
             start,
             frames,
             plan,
-            state.to(device),
+            device_copy(state, device),
             stored,
-            torch.tensor([start], device=device),
+            device_numbers([start], device),
             counts.pop() if len(counts) == 1 else None,
             int(((source >= 0) | (staged >= 0)).sum()),
         )

@@ -10,6 +10,7 @@ import torch
 from .config import check_int
 from .modes import normal_tensors
 from .reference import lse_dtype, unit_rows
+from .transfer import device_numbers
 
 
 class FrameIndex:
@@ -101,7 +102,7 @@ class FrameIndex:
         finite = embeddings.isfinite().all(-1)  # (B, n)
         units = embeddings if normalized else unit_rows(embeddings)
         units = torch.where(finite[..., None], units, 0.0)
-        ids = torch.where(finite, _numbers(frames, self.ids.device), -1)
+        ids = torch.where(finite, device_numbers(frames, self.ids.device), -1)
         rows = [self._row[frame] if frame in self._row else self._free_row() for frame in frames]
         for at, part in _runs(rows):
             self.embeddings[:, at] = units[:, part]
@@ -149,15 +150,6 @@ def _runs(rows: list[int]) -> Iterator[tuple[slice, slice]]:
         if end == len(rows) or rows[end] != rows[end - 1] + 1:
             yield slice(rows[first], rows[first] + end - first), slice(first, end)
             first = end
-
-
-def _numbers(frames: Sequence[int], device: torch.device) -> torch.Tensor:
-    """``(n,)`` int64, without waiting for the device."""
-    first = frames[0] if frames else 0
-    if list(frames) == list(range(first, first + len(frames))):
-        return torch.arange(first, first + len(frames), device=device)
-    numbers = torch.tensor(frames, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return numbers.to(device, non_blocking=True)
 
 
 def unit_query(embeddings: torch.Tensor) -> torch.Tensor:
