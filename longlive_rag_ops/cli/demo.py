@@ -37,18 +37,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     tiers = parser.add_argument_group("memory bank (without --host-bytes all history stays in one pool)")
     tiers.add_argument("--host-bytes", metavar="SIZE", help="host memory for history, such as 64MiB")
     tiers.add_argument("--spill", metavar="DIR", help="folder where frames go that host memory cannot hold")
-    tiers.add_argument("--disk-bytes", default="8GiB", metavar="SIZE", help="most to write there (default %(default)s)")
+    tiers.add_argument("--disk-bytes", metavar="SIZE", help="most to write there (default 8GiB)")
     tiers.add_argument(
         "--storage",
         choices=("plain", "int8", "fp8"),
-        default="plain",
-        help="how pages are stored (default %(default)s)",
+        help="how pages are stored (default plain)",
     )
     tiers.add_argument(
         "--policy",
         choices=("error", "oldest", "least_retrieved", "most_redundant"),
-        default="oldest",
-        help="what is forgotten when the bank is full (default %(default)s)",
+        help="what is forgotten when the bank is full (default oldest)",
     )
     parser.add_argument("--blocks", type=int, default=0, metavar="N", help="stream at most N blocks of 3 latent frames")
     parser.add_argument(
@@ -65,16 +63,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _bank(args: argparse.Namespace) -> "BankConfig | None":
     from ..bank.config import BankConfig
 
+    for option in ("spill", "disk_bytes", "storage", "policy"):
+        given = getattr(args, option)
+        if given is not None and args.host_bytes is None:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name}: got {given!r} without --host-bytes, which says how much is kept in memory")
     if args.host_bytes is None:
-        if args.spill is not None:
-            raise ValueError(f"--spill: got {args.spill!r} without --host-bytes, which says how much is kept in memory")
         return None
+    if args.disk_bytes is not None and args.spill is None:
+        raise ValueError(f"--disk-bytes: got {args.disk_bytes!r} without --spill, which says where")
     return BankConfig(
         host_bytes=args.host_bytes,
-        disk_bytes=0 if args.spill is None else args.disk_bytes,
+        disk_bytes=0 if args.spill is None else args.disk_bytes or "8GiB",
         spill=args.spill,
-        storage=args.storage,
-        policy=args.policy,
+        storage=args.storage or "plain",
+        policy=args.policy or "oldest",
     )
 
 

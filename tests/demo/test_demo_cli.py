@@ -140,7 +140,10 @@ def test_a_full_bank_forgets(video: Path, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert "host_bytes must" in refused(capsys, *arguments, "--host-bytes", "300KiB")
     assert "used up" in refused(capsys, *arguments, "--host-bytes", "1400KiB", "--policy", "error")
-    assert "--spill: got" in refused(capsys, *arguments, "--spill", str(tmp_path))
+    for option, value in (("spill", str(tmp_path)), ("disk-bytes", "8MiB"), ("storage", "int8"), ("policy", "oldest")):
+        assert f"--{option}: got {value!r} without --host-bytes" in refused(capsys, *arguments, f"--{option}", value)
+    words = refused(capsys, *arguments, "--host-bytes", "1400KiB", "--disk-bytes", "8MiB")
+    assert "--disk-bytes: got '8MiB' without --spill" in words
 
 
 def test_blocks_limit_what_is_streamed(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
