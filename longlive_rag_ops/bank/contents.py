@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import Counter
@@ -23,6 +24,7 @@ from .catalogue import Catalogue
 from .config import BankConfig
 from .errors import DamagedPage, core_errors
 from .faults import FaultWatch
+from .forking import leave_in_children
 from .page_format import PageFormat
 from .retrieval_log import RetrievalLog
 from .sources import Sources
@@ -119,6 +121,8 @@ class BankContents:
         self.log = RetrievalLog(config.log)
         # Closes before the memory that copies still touch is given back, be it at the end of the process.
         self._finalizer = weakref.finalize(self, _close, self._core, self.log, self.handle, (self.slots, self._sources))
+        self._process = os.getpid()
+        leave_in_children(self)
 
     def wait(self, layer: int, pool_layer: torch.Tensor | None = None) -> None:
         """See `MemoryBank`; here because it is what a handle is for."""
@@ -227,6 +231,15 @@ class BankContents:
         """Waits for what is under way and gives everything back. Any later use but of `close` is a RuntimeError."""
         self._finalizer()
 
+    def forked(self) -> object:
+        """For `forking`: in a child the bank counts as closed, whoever held its locks."""
+        self._finalizer.detach()
+        self._lock, self._changes = threading.RLock(), threading.RLock()
+        return self._core
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(f"{self!r} cannot be copied or pickled: save() it, and open() what was saved")
+
     def __enter__(self: Self) -> Self:
         self._check_open()
         return self
@@ -246,7 +259,10 @@ class BankContents:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise RuntimeError(f"{self!r} is closed")
+            here = (
+                "" if os.getpid() == self._process else f" here: it is process {self._process}'s, this one is its fork"
+            )
+            raise RuntimeError(f"{self!r} is closed{here}")
 
     def _turn(self) -> _Turn:
         return _Turn(self)
