@@ -805,7 +805,7 @@ def test_a_closed_bank_says_so_in_every_call() -> None:
     }
     # Those that are left look at nothing but what was given.
     public = {name for name in dir(MemoryBank) if not name.startswith("_")} | {"__len__", "__contains__", "__enter__"}
-    assert public - set(calls) == {"close", "closed", "index", "pins", "open", "count_opened"}
+    assert public - set(calls) == {"close", "closed", "index", "pins", "open", "count_opened", "forked"}
     for name, arguments in calls.items():
         with pytest.raises(RuntimeError, match=rf"<MemoryBank {bank.handle}: .*closed> is closed"):
             result = getattr(bank, name)(*arguments, **({"end_frame": 3} if name == "search" else {}))
