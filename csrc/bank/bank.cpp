@@ -24,6 +24,7 @@ Bank::State::State(const BankOptions& given, std::unique_ptr<Device> the_device)
     : options(checked(given)), device(std::move(the_device)), slots(options.slots) {
   if (!device) throw std::invalid_argument("device must not be null");
   records = std::make_unique<HostRecords>(*device, options.host);
+  grower = std::make_unique<IoPool>(1);
   if (options.disk.limit_bytes > 0) {
     disk = std::make_unique<DiskTier>(options.disk);
     pool = std::make_unique<IoPool>(options.io_threads);
@@ -36,7 +37,7 @@ std::int64_t Bank::State::chunk_pages() const {
   return std::max<std::int64_t>(1, kChunkBytes / options.layout.page_bytes);
 }
 
-Bank::State::Turn::Turn(State& state) : lock(state.mutex), state_(state) {
+Bank::State::Turn::Turn(State& state) : lock(state.enter()), state_(state) {
   state.check_open();
   ++state.callers;
 }
@@ -63,7 +64,7 @@ void Bank::State::send(Lock& lock) noexcept {
 void Bank::State::submit(const std::vector<Job>& jobs, std::size_t first) noexcept {
   for (; first < jobs.size(); ++first) {
     try {
-      pool->submit(jobs[first].kind, jobs[first].run);
+      jobs[first].pool->submit(jobs[first].kind, jobs[first].run);
     } catch (...) {
       jobs[first].run();
     }
@@ -173,6 +174,7 @@ void Bank::State::flush() {
 }
 
 void Bank::State::close() noexcept {
+  if (forked()) return;
   Lock lock(mutex);
   if (closing) {
     changed.wait(lock, [&] { return closed; });
@@ -183,7 +185,9 @@ void Bank::State::close() noexcept {
   changed.notify_all();
   changed.wait(lock, [&] { return callers == 0; });
   lock.unlock();
+  grower->finish();
   if (pool) pool->finish();  // does what is queued, or leaves it undone quickly; jobs may still submit others
+  grower.reset();
   pool.reset();
   lock.lock();
   const auto quietly = [](auto call) {
@@ -211,7 +215,10 @@ void Bank::State::close() noexcept {
 
 Bank::Bank(const BankOptions& options, std::unique_ptr<Device> device)
     : state_(std::make_unique<State>(options, std::move(device))) {}
-Bank::~Bank() { close(); }
+Bank::~Bank() {
+  close();
+  if (state_->forked()) static_cast<void>(state_.release());  // joining threads that are not there would not end
+}
 
 void Bank::commit(const std::vector<Frame>& frames, const std::vector<PageSource>& pages, Stream stream, bool replace) {
   state_->commit(frames, pages, stream, replace);
@@ -270,6 +277,7 @@ BankStats Bank::stats() const {
 void Bank::close() noexcept { state_->close(); }
 
 bool Bank::closed() const {
+  if (state_->forked()) return true;
   const State::Lock lock(state_->mutex);
   return state_->closing;
 }

@@ -71,7 +71,8 @@ struct BankStats {
 
 // A page is the bank's from commit on and never changes within its generation, so that every tier may hold a copy and
 // dropping one costs nothing. All public calls may be made from any thread; they take turns. After close() every call but
-// close() throws std::runtime_error ("closed").
+// close() throws std::runtime_error ("closed"). So does every call in a process that was forked from the bank's own, where
+// close() does nothing.
 //
 // Order. Copies to the host begin after everything on the compute stream at the time of commit(); wait(layer) makes a
 // stream wait for all copies of that layer, in both directions, that were enqueued before: after it, pages that were

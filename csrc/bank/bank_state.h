@@ -1,12 +1,15 @@
 // What the files of the bank's core share: the state behind Bank, guarded by one mutex.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <list>
 #include <map>
@@ -81,6 +84,7 @@ inline constexpr int kMostSpillFailures = 3;
 struct Job {
   IoPool::Kind kind;
   std::function<void()> run;
+  IoPool* pool;
 };
 
 struct Bank::State {
@@ -130,6 +134,13 @@ struct Bank::State {
   void end_spill(Spill& spill) noexcept;
   void make_room(Lock& lock, std::int64_t records, bool idle, const char* what);
 
+  // growth.cpp
+  void start_growth();
+  void grow_ahead() noexcept;
+  bool short_of_slabs() const;
+  void grow(std::shared_ptr<HostArena::Growth> growth) noexcept;
+  void wait_for_growth(Lock& lock);
+
   // frame_table.cpp
   Entry* find(Frame frame);
   const Entry* find(Frame frame) const;
@@ -155,6 +166,12 @@ struct Bank::State {
   void submit(const std::vector<Job>& jobs, std::size_t first) noexcept;
   void wait_change(Lock& lock);
   void wait_point(Lock& lock, const EventRef& point);
+  // In a process forked from the bank's own there are no threads, slabs and copies, and the mutex may be held for ever.
+  bool forked() const { return getpid() != process; }
+  Lock enter() {
+    if (forked()) throw std::runtime_error("the bank belongs to the process that made it, not to one forked from it");
+    return Lock(mutex);
+  }
   void check_open() const {
     if (closing) throw std::runtime_error("the bank is closed");
   }
@@ -167,11 +184,13 @@ struct Bank::State {
   }
   std::int64_t chunks() const { return (options.layout.pages() + chunk_pages() - 1) / chunk_pages(); }
 
+  const pid_t process = getpid();
   BankOptions options;
   std::unique_ptr<Device> device;
   std::unique_ptr<HostRecords> records;
   std::unique_ptr<DiskTier> disk;  // null: no disk tier
   std::unique_ptr<IoPool> pool;    // likewise
+  std::unique_ptr<IoPool> grower;  // one thread: host memory
 
   mutable std::mutex mutex;             // of everything below, and of records and slots
   std::condition_variable changed;      // a job, a reader or a call ended
@@ -183,6 +202,9 @@ struct Bank::State {
   std::int64_t working = 0;             // spills, fetches and readers under way
   std::int64_t spilling = 0;            // spills alone
   std::int64_t placing = 0;             // of those, without a place on disk yet
+  std::exception_ptr growth_error;      // of the last growth
+  std::int64_t growth_waiters = 0;      // calls that need one
+  bool growth_refused = false;          // the last one, ahead of need: not tried again until somebody needs it
   std::vector<Job> outbox;              // handed to the pool without the mutex, see send()
 
   std::map<Frame, Entry> frames;

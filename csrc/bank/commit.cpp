@@ -84,6 +84,7 @@ void Bank::State::commit(const std::vector<Frame>& wanted, const std::vector<Pag
 // half-way leaves neither the old pages nor the new ones. Last come records of frames that are on disk as well.
 bool Bank::State::choose_records(Storing& storing, bool replace) {
   const auto count = static_cast<std::int64_t>(storing.frames.size());
+  if (!records->ready(count)) return false;
   HostRecords::Choice choice;
   records->choose_free(choice, count, false);
   std::fill(storing.own.begin(), storing.own.end(), char{0});

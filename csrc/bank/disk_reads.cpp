@@ -47,7 +47,8 @@ std::int64_t read_checked(DiskTier& disk, const DiskPlace& place, const PageLayo
 
 void Bank::State::queue_reads(const std::shared_ptr<Fetch>& fetch, std::vector<Job>& jobs) {
   split([&](std::int64_t first, std::int64_t count) {
-    jobs.push_back({IoPool::Kind::kRead, [this, fetch, first, count] { read_pages(*fetch, first, count); }});
+    jobs.push_back(
+        {IoPool::Kind::kRead, [this, fetch, first, count] { read_pages(*fetch, first, count); }, pool.get()});
   });
 }
 

@@ -64,6 +64,7 @@ bool Bank::State::choose_fetch(Fetching& fetching) {
   }
   const auto count = static_cast<std::int64_t>(fetching.reads.size());
   if (count == 0) return true;
+  if (!records->ready(count)) return false;
   const HostRecords::Choice choice = records->choose(count, true, [&](const Record& record) {
     return !record.owner->fetch &&
            std::find(fetching.copies.begin(), fetching.copies.end(), record.owner) == fetching.copies.end();

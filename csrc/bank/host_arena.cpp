@@ -55,6 +55,9 @@ class Slab {
     const std::size_t end = (bytes_ + page - 1) / page * page;
     const std::size_t whole = (bytes_ + spare + page - 1) / page * page;
     if (before + end < whole) munmap(memory_ + end, whole - before - end);
+    // Not for forked processes: they may not use the bank, and memory that both share until one of them writes may be
+    // moved away under copies of the device.
+    madvise(memory_, bytes_, MADV_DONTFORK);
     return 0;
   }
 
@@ -117,6 +120,40 @@ void check(const char* name, std::int64_t got, bool allowed, const char* what) {
 
 }  // namespace
 
+class HostArena::Growth {
+ public:
+  std::int64_t records = 0, bytes = 0;
+  ArenaOptions options;
+  std::unique_ptr<Slab> slab;
+  std::vector<bool> marks;
+  bool locked = false;
+  std::string pageable_reason;
+  std::string refusal;  // of the system, "" for none
+
+  explicit Growth(Device& the_device) : device(the_device) {}
+
+  void make() {
+    const HostMemory memory = options.memory ? options.memory() : host_memory();
+    if (bytes > memory.available - std::min(kMargin, memory.available / 8)) {
+      return refuse(memory.bound + " leaves " + std::to_string(memory.available) + " bytes");
+    }
+    auto made = std::make_unique<Slab>(device, static_cast<std::size_t>(bytes));
+    if (const int code = made->map(); code != 0) return refuse("mmap: " + text_of(code));
+    // Where memory is scarce the kernel would move pages about to make huge ones, which can take minutes.
+    if (memory.free / 2 >= bytes) made->ask_for_huge_pages();
+    int threads = options.touch_threads;
+    if (threads == 0) threads = std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 8);
+    if (const int code = made->touch(threads); code != 0) return refuse("first touch: " + text_of(code));
+    locked = options.lock && made->lock(&pageable_reason);
+    slab = std::move(made);
+  }
+
+ private:
+  void refuse(const std::string& why) { refusal = "host slab of " + std::to_string(bytes) + " bytes: " + why; }
+
+  Device& device;
+};
+
 struct HostArena::State {
   Device& device;
   ArenaOptions options;
@@ -124,52 +161,50 @@ struct HostArena::State {
   std::vector<std::unique_ptr<Slab>> slabs;  // in ascending order of address
   std::vector<std::byte*> unused;            // room for all records, so that free does not allocate
   std::vector<std::vector<bool>> given;      // by slab and record
+  bool growing = false;
 
-  // Another slab. False when the system refuses it.
-  bool grow() {
+  std::shared_ptr<Growth> begin_growth() {
     const std::int64_t reserved = stats.reserved_bytes / options.record_bytes;
-    const std::int64_t records =
+    if (growing || reserved >= stats.capacity) return nullptr;
+    auto growth = std::make_shared<Growth>(device);
+    growth->options = options;
+    growth->records =
         std::min(std::max<std::int64_t>(1, options.slab_bytes / options.record_bytes), stats.capacity - reserved);
-    const std::int64_t bytes = records * options.record_bytes;
-    const auto refuse = [&](const std::string& why) {
-      stats.refusal = "host slab of " + std::to_string(bytes) + " bytes: " + why;
-      stats.capacity = reserved;
-      return false;
-    };
-
-    const HostMemory memory = options.memory ? options.memory() : host_memory();
-    if (bytes > memory.available - std::min(kMargin, memory.available / 8)) {
-      return refuse(memory.bound + " leaves " + std::to_string(memory.available) + " bytes");
-    }
-    auto slab = std::make_unique<Slab>(device, static_cast<std::size_t>(bytes));
-    if (const int code = slab->map(); code != 0) return refuse("mmap: " + text_of(code));
-    // Where memory is scarce the kernel would move pages about to make huge ones, which can take minutes.
-    if (memory.free / 2 >= bytes) slab->ask_for_huge_pages();
-    int threads = options.touch_threads;
-    if (threads == 0) threads = std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 8);
-    if (const int code = slab->touch(threads); code != 0) return refuse("first touch: " + text_of(code));
-
+    growth->bytes = growth->records * options.record_bytes;
     // Whatever can throw comes before anything is counted.
-    const auto place = std::upper_bound(slabs.begin(), slabs.end(), slab,
-                                        [](const auto& a, const auto& b) { return a->begin() < b->begin(); }) -
-                       slabs.begin();
-    unused.reserve(static_cast<std::size_t>(reserved + records));
+    growth->marks.assign(static_cast<std::size_t>(growth->records), false);
+    unused.reserve(static_cast<std::size_t>(reserved + growth->records));
     slabs.reserve(slabs.size() + 1);
     given.reserve(given.size() + 1);
-    std::vector<bool> marks(static_cast<std::size_t>(records), false);
-    if (options.lock) {
-      std::string reason;
-      if (slab->lock(&reason)) {
-        stats.locked_bytes += bytes;
-      } else {
-        ++stats.pageable_slabs;
-        stats.pageable_reason = std::move(reason);
-      }
+    growing = true;
+    return growth;
+  }
+
+  bool end_growth(Growth& growth, bool needed) noexcept {
+    growing = false;
+    if (needed && !growth.refusal.empty()) {
+      stats.refusal = std::move(growth.refusal);
+      stats.capacity = stats.reserved_bytes / options.record_bytes;
     }
-    stats.reserved_bytes += bytes;
-    for (std::int64_t i = records - 1; i >= 0; --i) unused.push_back(slab->begin() + i * options.record_bytes);
-    slabs.insert(slabs.begin() + place, std::move(slab));
-    given.insert(given.begin() + place, std::move(marks));
+    if (growth.slab == nullptr) return false;
+    if (growth.locked) {
+      stats.locked_bytes += growth.bytes;
+    } else if (options.lock) {
+      ++stats.pageable_slabs;
+      stats.pageable_reason = std::move(growth.pageable_reason);
+    }
+    stats.reserved_bytes += growth.bytes;
+    std::byte* const begin = growth.slab->begin();
+    const auto place =
+        std::upper_bound(slabs.begin(), slabs.end(), begin,
+                         [](const std::byte* at, const auto& slab) { return at < slab->begin(); }) -
+        slabs.begin();
+    // The new records come last: what was used before is in the processor's caches and tables.
+    std::vector<std::byte*>& records = unused;
+    for (std::int64_t i = growth.records - 1; i >= 0; --i) records.push_back(begin + i * options.record_bytes);
+    std::rotate(records.begin(), records.end() - growth.records, records.end());
+    slabs.insert(slabs.begin() + place, std::move(growth.slab));
+    given.insert(given.begin() + place, std::move(growth.marks));
     return true;
   }
 
@@ -195,7 +230,7 @@ HostArena::HostArena(Device& device, const ArenaOptions& options) {
   check("limit_bytes", options.limit_bytes, options.limit_bytes >= 0, "0 or more");
   check("slab_bytes", options.slab_bytes, options.slab_bytes > 0, "1 or more");
   check("touch_threads", options.touch_threads, options.touch_threads >= 0 && options.touch_threads <= 256, "0 .. 256");
-  state_.reset(new State{device, options, {}, {}, {}, {}});
+  state_.reset(new State{device, options, {}, {}, {}, {}, false});
   state_->stats.capacity = options.limit_bytes / options.record_bytes;
 }
 
@@ -203,7 +238,18 @@ HostArena::~HostArena() = default;
 
 std::byte* HostArena::allocate() {
   State& state = *state_;
-  if (state.unused.empty() && (state.stats.used >= state.stats.capacity || !state.grow())) return nullptr;
+  if (state.unused.empty()) {
+    const std::shared_ptr<Growth> growth = begin_growth();
+    if (growth == nullptr) return nullptr;
+    try {
+      make(*growth);
+    } catch (...) {
+      end_growth(*growth, true);
+      throw;
+    }
+    end_growth(*growth, true);
+    if (state.unused.empty()) return nullptr;
+  }
   std::byte* const record = state.unused.back();
   state.mark_of(record) = true;
   state.unused.pop_back();
@@ -218,6 +264,11 @@ void HostArena::free(std::byte* record) {
   state_->unused.push_back(record);
   --state_->stats.used;
 }
+
+std::shared_ptr<HostArena::Growth> HostArena::begin_growth() { return state_->begin_growth(); }
+void HostArena::make(Growth& growth) { growth.make(); }
+bool HostArena::end_growth(Growth& growth, bool needed) noexcept { return state_->end_growth(growth, needed); }
+std::int64_t HostArena::ready() const { return static_cast<std::int64_t>(state_->unused.size()); }
 
 const ArenaStats& HostArena::stats() const { return state_->stats; }
 

@@ -46,6 +46,18 @@ class HostArena {
   // there, so that nobody waits for memory that does not come).
   std::byte* allocate();
   void free(std::byte* record);
+
+  // Growth in three steps, for a caller whose lock is not to be held while memory is touched and locked, which takes a
+  // tenth of a second for each GiB or more: the second is for any thread, beside other calls.
+  class Growth;
+  // Another slab; null when the limit is reached or a growth is under way.
+  std::shared_ptr<Growth> begin_growth();
+  static void make(Growth& growth);  // throws as allocate() does
+  // Made or not. What the system has refused is told, and lowers the capacity, only if it was `needed`. Whether the
+  // arena has grown.
+  bool end_growth(Growth& growth, bool needed) noexcept;
+  // Records that allocate() has without another slab.
+  std::int64_t ready() const;
   const ArenaStats& stats() const;
 
  private:

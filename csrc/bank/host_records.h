@@ -1,6 +1,7 @@
 // Records of host memory that frames, and what is under way for them, hold.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <list>
 #include <memory>
@@ -96,6 +97,9 @@ class HostRecords {
   bool fetched(Record& record) noexcept;                   // copies from it to the device are done
   bool quiet(Record& record) noexcept;                     // both
   void reap() noexcept;                                    // gives loose records back
+  // Whether so many records, or all that are free, can be had without growth.
+  bool ready(std::int64_t count) const { return arena_.ready() >= std::min(count, free_count()); }
+  HostArena& arena() { return arena_; }
   std::int64_t free_count() const { return arena_.stats().capacity - arena_.stats().used; }
   const ArenaStats& stats() const { return arena_.stats(); }
 

@@ -19,8 +19,8 @@ void Bank::State::insert(Frame frame, const std::byte* bytes, std::int64_t gener
     repair();
     check();
     tend();
-    const HostRecords::Choice choice =
-        records->choose(1, true, [](const Record& record) { return !record.owner->fetch; });
+    HostRecords::Choice choice;
+    if (records->ready(1)) choice = records->choose(1, true, [](const Record& record) { return !record.owner->fetch; });
     if (choice.size() == 1) {
       taken = records->take(choice, [&](Record& record) {
         record.owner->host = nullptr;

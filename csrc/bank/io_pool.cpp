@@ -4,6 +4,7 @@
 #include <csignal>
 #include <deque>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -21,6 +22,12 @@ struct IoPool::State {
   std::vector<std::thread> threads;
 
   void work() {
+    // What an exception needs is made for each thread at its first, and the process ends when there is no memory for it
+    // then: so the first is thrown now.
+    try {
+      throw std::bad_alloc();
+    } catch (const std::bad_alloc&) {
+    }
     std::unique_lock lock(mutex);
     for (;;) {
       // A job that still runs may submit others: nobody leaves before the last one is done.

@@ -35,7 +35,7 @@ void Bank::State::start_spill(Entry& entry) {
   spill->entry = &entry;
   spill->record = entry.host;
   spill->jobs = 1;
-  outbox.push_back({IoPool::Kind::kWrite, [this, spill] { place_spill(spill); }});
+  outbox.push_back({IoPool::Kind::kWrite, [this, spill] { place_spill(spill); }, pool.get()});
   entry.spill = std::move(spill);
   ++entry.host->users;
   ++placing;
@@ -52,7 +52,8 @@ void Bank::State::place_spill(const std::shared_ptr<Spill>& spill) {
     if (!failed) place = std::make_shared<DiskPlace>(*disk, options.layout.pages());
     refused = place && place->extent < 0;
     split([&](std::int64_t first, std::int64_t count) {
-      jobs.push_back({IoPool::Kind::kWrite, [this, spill, first, count] { spill_pages(*spill, first, count); }});
+      jobs.push_back(
+          {IoPool::Kind::kWrite, [this, spill, first, count] { spill_pages(*spill, first, count); }, pool.get()});
     });
   } catch (...) {  // no memory
     failed = true;
@@ -76,6 +77,7 @@ void Bank::State::place_spill(const std::shared_ptr<Spill>& spill) {
 
 // So that the next commit and the next fetch need not wait.
 void Bank::State::spill_ahead(bool probe) noexcept {
+  grow_ahead();
   try {
     start_spills(options.bounce_records + options.commit_records, probe);
   } catch (...) {  // no memory: another time
@@ -141,6 +143,7 @@ void Bank::State::make_room(Lock& lock, std::int64_t wanted, bool idle, const ch
       total += std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - since).count();
     }
   } stall{begin, counts.stall_us};
+  if (!records->ready(wanted)) return wait_for_growth(lock);
   start_spills(wanted + options.bounce_records, false);
   if (working > 0) {
     wait_change(lock);

@@ -57,6 +57,28 @@ class CountingDevice final : public Device {
 
 }  // namespace
 
+// A data loader's worker, say, gets a copy of the bank without its threads.
+TEST_CASE(a_forked_process_leaves_the_bank_alone) {
+  Rig rig(2, 4, 4);
+  rig.open();
+  rig.commit({0, 1});
+  rig.bank->prefetch({1}, 0);
+  const pid_t child = fork();
+  CHECK(child >= 0);
+  if (child == 0) {
+    alarm(20);
+    CHECK(rig.bank->closed());
+    CHECK_THROWS(std::runtime_error, "forked", rig.bank->room());
+    CHECK_THROWS(std::runtime_error, "forked", rig.has(0));
+    rig.bank->close();
+    rig.bank.reset();
+    _exit(0);
+  }
+  int status = -1;
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  CHECK(rig.bank->settle().empty() && rig.has(0) && rig.in_slot(1));
+}
+
 // A driver has no million events to spare: frames that nobody asks for hold none.
 TEST_CASE(frames_at_rest_hold_no_points) {
   const auto points = std::make_shared<std::atomic<int>>(0);
