@@ -156,7 +156,7 @@ def test_importing_the_package_imports_torch_and_numpy_only() -> None:
         "import sys\n"
         "import torch, numpy\n"
         "before = set(sys.modules)\n"
-        "import longlive_rag_ops, longlive_rag_ops.triton_kernels\n"
+        "import longlive_rag_ops, longlive_rag_ops.bank, longlive_rag_ops.triton_kernels\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(longlive_rag_ops.triton_kernels.__name__)\n"
         "print(*new - set(sys.stdlib_module_names) - {'longlive_rag_ops'})\n"
