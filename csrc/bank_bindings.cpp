@@ -85,9 +85,10 @@ std::unique_ptr<Bank> make_bank(const py::object& layers, const py::object& samp
                                 const py::object& segments, const py::object& slots, const py::object& first_slot,
                                 const py::object& slot_count, const py::object& host_bytes,
                                 const py::object& slab_bytes, bool lock, const py::object& disk_bytes,
-                                const py::object& shard_bytes, const std::string& spill, bool direct_io, const py::object& io_threads,
-                                const py::object& bounce_records, const py::object& commit_records,
-                                const std::string& device, const py::object& ordinal, const std::string& driver) {
+                                const py::object& shard_bytes, const std::string& spill, bool direct_io,
+                                const py::object& io_threads, const py::object& bounce_records,
+                                const py::object& commit_records, const std::string& device,
+                                const py::object& ordinal, const std::string& driver) {
   BankOptions options;
   options.layout.layers = to_int64(layers, "layers");
   options.layout.samples = to_int64(samples, "samples");
