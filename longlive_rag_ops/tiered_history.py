@@ -72,11 +72,14 @@ class TieredHistory(FrameHistory):
             frames_per_commit=config.frames_per_block,
             most_fetched=most_fetched,
         )
-        least, room = config.sink + least_history(config, samples), self.bank.room()
+        least, room, block = config.sink + least_history(config, samples), self.bank.room(), "frames_per_block"
+        if bank.policy != "error":  # which spares what the finished block has fetched, as well as what comes next
+            least += max(0, most_fetched - config.frames_per_block)
+            block = "the larger of frames_per_block and batch * top_k"
         if room < least:
             raise ValueError(
-                f"host_bytes and disk_bytes must hold at least {least} frames (window + recent_exclude + "
-                f"frames_per_block + batch * top_k) of {self.bank.format.record_bytes} bytes each, got room for {room}"
+                f"host_bytes and disk_bytes must hold at least {least} frames (window + recent_exclude + {block} + "
+                f"batch * top_k) of {self.bank.format.record_bytes} bytes each, got room for {room}"
             )
         self.clear()
 

@@ -45,14 +45,15 @@ class Catalogue:
         self._most = most
         self._like = like
         self._retrievals: Counter[int] = Counter()
-        self._members: set[int] = set()  # frames that are no sinks
+        self._known: set[int] = set()
+        self._members: set[int] = set()  # those that are no sinks
         self._policy = make_policy(policy, self._members, self._retrievals)
         self._found: list[HostCopy] = []  # of searches that are not counted yet
 
     def clear(self) -> None:
         """Forgets every frame."""
         self.index = None
-        for table in (self._members, self._retrievals, self.pins, self.fetched):
+        for table in (self._known, self._members, self._retrievals, self.pins, self.fetched):
             table.clear()
         self._policy.cleared()
         self._found = []
@@ -68,6 +69,7 @@ class Catalogue:
     def join(self, frames: Iterable[int]) -> None:
         """The bank has these frames now."""
         for frame in frames:
+            self._known.add(frame)
             if frame >= self._sink and frame not in self._members:
                 self._members.add(frame)
                 self._policy.joined(frame)
@@ -84,14 +86,17 @@ class Catalogue:
         self.non_finite = self.non_finite + index.put(frames, embeddings.detach(), normalized)
         self._policy.added(index, frames)
 
-    def drop(self, frame: int) -> None:
-        """Takes out a frame that the bank does not have any more."""
+    def drop(self, frame: int) -> bool:
+        """Takes out a frame that the bank does not have any more; False when that has been done before."""
+        known = frame in self._known
         if self.index is not None and frame in self.index:
             self._policy.removed(self.index, frame)
             self.index.remove(frame)
+        self._known.discard(frame)
         self._members.discard(frame)
         for table in (self._retrievals, self.pins, self.fetched):
             table.pop(frame, None)
+        return known
 
     def pinned(self) -> set[int]:
         """Frames that are pinned or fetched."""

@@ -295,10 +295,9 @@ class BankContents:
         check(name, record, shape, (torch.uint8,), torch.empty(0))
 
     def _lose(self, lost: Lost) -> None:
-        """Follows the core, which may have dropped a frame."""
-        if self._core.where(lost.frame)[3] < 0:
-            self._catalogue.drop(lost.frame)
-        if lost.reason.startswith("damaged"):
+        """Follows the core, which may have dropped a frame. A read and a fetch may both have met the damage."""
+        first = self._core.where(lost.frame)[3] >= 0 or self._catalogue.drop(lost.frame)
+        if first and lost.reason.startswith("damaged"):
             self._counts["damaged"] += 1
             self._faults.damaged(lost.frame, lost.reason)
 

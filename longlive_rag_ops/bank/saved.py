@@ -36,13 +36,13 @@ def save_bank(bank: MemoryBank, path: str | os.PathLike[str]) -> list[tuple[int,
 def _contents(bank: MemoryBank) -> SavedContents:
     if bank.device.type == "cuda":
         torch.cuda.synchronize(bank.device)  # embeddings may have been put into the index on any stream
-    frames = bank.frames()
+    frames = {frame: bank.generation(frame) for frame in bank.frames()}
     return SavedContents(
         format=bank.format,
         sink=bank.sink,
-        frames={frame: bank.generation(frame) for frame in frames},
+        frames=frames,
         retrievals={frame: bank.retrievals(frame) for frame in frames},
-        index=index_rows(bank.index),
+        index=index_rows(bank.index, frames),  # which still has frames that a fetch under way has found damaged
     )
 
 

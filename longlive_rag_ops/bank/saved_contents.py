@@ -12,7 +12,7 @@ index.embeddings      F32, F64   (samples, indexed, embedding_dim): of unit leng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -63,11 +63,11 @@ class SavedContents:
         return replace(self, frames=kept, index=None if self.index is None else self.index.only(set(kept)))
 
 
-def index_rows(index: FrameIndex | None) -> SavedIndex | None:
-    """All rows of an index, copied to the host; None when it has none."""
-    if index is None or not len(index):
+def index_rows(index: FrameIndex | None, held: Mapping[int, object]) -> SavedIndex | None:
+    """The rows of an index that are of frames held, copied to the host; None when there is none."""
+    frames = [] if index is None else [frame for frame in index.frames() if frame in held]
+    if index is None or not frames:
         return None
-    frames = index.frames()
     rows = torch.tensor([index.row(frame) for frame in frames], device=index.ids.device)
     found = index.ids[:, rows] == torch.tensor(frames, device=index.ids.device)
     embeddings = torch.where(found[..., None], index.embeddings[:, rows], torch.nan)

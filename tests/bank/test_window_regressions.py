@@ -7,23 +7,26 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from test_memory_bank import commit, make, on_disk_alone, spoil
 from window_pair import one_thread, rejected
 
-from longlive_rag_ops import BankConfig, MemoryWindow, WindowConfig
+from longlive_rag_ops import BankConfig, MemoryBank, MemoryWindow, WindowConfig
+from longlive_rag_ops.bank.contents import Lost
 
 __all__ = ["one_thread"]
 CONFIG = WindowConfig(window=5, sink=1, top_k=2, recent_exclude=0, frames_per_block=2)
 SIZES = {"layers": 1, "batch": 2, "tokens_per_frame": 2, "kv_heads": 1, "head_dim": 16}
 
 
-def attend(window: MemoryWindow, start: int, seed: int) -> torch.Tensor:
+def attend(window: MemoryWindow, start: int, seed: int, grid: tuple[int, int] = (1, 2)) -> torch.Tensor:
     q, k, v = torch.randn(3, 2, 4, 1, 16, generator=torch.Generator().manual_seed(seed)).unbind(0)
-    return window.attend(0, q, k, v, start, (1, 2))
+    return window.attend(0, q, k, v, start, grid)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
@@ -102,3 +105,57 @@ def test_a_bank_is_not_copied(duplicate: Callable[[object], object]) -> None:
         with rejected("MemoryBank", "copied", "pickled", "save"):
             duplicate(window)
     attend(window, 0, 0)
+
+
+def damaged_fetch(folder: Path) -> tuple[MemoryBank, int]:
+    """A bank, and a frame that is being fetched although its pages are damaged."""
+    bank = make(6, 12, folder, device_slots=3)
+    for start in range(0, 12, 3):
+        commit(bank, range(start, start + 3))
+    bank.flush()
+    frame = on_disk_alone(bank)[0]
+    spoil(folder, bank.format.page_bytes)
+    bank.prefetch([frame])
+    return bank, frame
+
+
+def test_a_damaged_frame_is_reported_once(tmp_path: Path) -> None:
+    """Also when a fetch and a read have both met it."""
+    bank, frame = damaged_fetch(tmp_path)
+    while frame in bank:
+        time.sleep(0.001)
+    with pytest.warns(RuntimeWarning) as caught:
+        bank._lose(Lost(frame, "damaged: layer 0, sample 0: met"))  # as `record` does, when it is not too late
+        assert [lost for lost, _ in bank.settle()] == [frame]
+    assert [f"frame {frame} is lost" in str(warning.message) for warning in caught] == [True]
+    assert bank.stats()["forgotten"]["damaged"] == 1
+
+
+def test_a_save_leaves_out_what_a_fetch_has_found_damaged(tmp_path: Path) -> None:
+    """The index still has the frame until the fetch is settled; what was saved could not be opened."""
+    bank, frame = damaged_fetch(tmp_path)
+    while frame in bank:
+        time.sleep(0.001)
+    spoil(tmp_path, bank.format.page_bytes)  # makes the other frames right again
+    assert bank.index is not None and frame in bank.index
+    assert bank.save(tmp_path / "saved") == []
+    with MemoryBank.open(tmp_path / "saved", BankConfig(host_bytes="1MiB")) as saved:
+        assert saved.index is not None and saved.frames() == saved.index.frames()
+        assert saved.frames() == [other for other in range(12) if other != frame]
+
+
+@pytest.mark.parametrize("policy", ["oldest", "least_retrieved", "most_redundant"])
+def test_the_least_bank_with_a_policy_never_fails(policy: str) -> None:
+    """It spares the frames of the finished block's fetch beside those of the next, in many small blocks."""
+    config = WindowConfig(window=7, sink=1, top_k=3, recent_exclude=0, frames_per_block=1)
+    sizes = {**SIZES, "tokens_per_frame": 4}
+    least = 1 + 6 + 2 * 6  # sink, what is too new, the choice of two samples and the one before
+    with rejected("host_bytes", str(least), str(least - 1)):
+        MemoryWindow(config, **sizes, bank=BankConfig(host_bytes=(least - 1) * 8192, policy=policy))
+    window = MemoryWindow(config, **sizes, bank=BankConfig(host_bytes=least * 8192, policy=policy))
+    generator = torch.Generator().manual_seed(3)
+    for start in range(150):
+        attend(window, start, start, (2, 2))
+        window.finish(start, torch.randn(2, 1, 6, generator=generator))
+        assert all(len(row) == 3 for row in window.selected) or start < 10
+    assert window.stats()["forgotten_frames"] == 150 - least
