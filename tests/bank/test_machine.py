@@ -272,7 +272,7 @@ def settings_of_a_bank(draw: Any) -> dict[str, Any]:
     bounce = max(1, slots) if disk and slots else 0
     least = (bounce + per_commit) if disk else sink + per_commit + slots
     host = draw(st.integers(max(3, least), max(8, least)))
-    needed = sink + per_commit + slots - (host - bounce)
+    needed = sink + per_commit + slots - (host - max(bounce, per_commit))
     return {
         "storage": draw(st.sampled_from(["plain", "int8", "fp8"])),
         "policy": draw(st.sampled_from(["error", "oldest", "least_retrieved", "most_redundant"])),
