@@ -70,9 +70,9 @@ struct BankStats {
 };
 
 // A page is the bank's from commit on and never changes within its generation, so that every tier may hold a copy and
-// dropping one costs nothing. All public calls may be made from any thread; they take turns. After close() every call but
-// close() throws std::runtime_error ("closed"). So does every call in a process that was forked from the bank's own, where
-// close() does nothing.
+// dropping one costs nothing. All public calls may be made from any thread; they take turns. After close() every call
+// but close() throws std::runtime_error ("closed"). So does every call in a process that was forked from the bank's
+// own, where close() does nothing.
 //
 // Order. Copies to the host begin after everything on the compute stream at the time of commit(); wait(layer) makes a
 // stream wait for all copies of that layer, in both directions, that were enqueued before: after it, pages that were
@@ -86,32 +86,33 @@ class Bank {
   Bank(const Bank&) = delete;
   Bank& operator=(const Bank&) = delete;
 
-  // Stores frames, whose pages lie at `pages` (one a frame, one part a segment) when `stream` gets there. They go to host
-  // memory and, as far as slots are free (never by evicting), to device slots as well. All or nothing: throws BankFull when
-  // they do not fit (see room()), std::invalid_argument for a frame that is there (with `replace`: that is not), or named
-  // twice; std::runtime_error while `stream` is being captured.
+  // Stores frames, whose pages lie at `pages` (one a frame, one part a segment) when `stream` gets there. They go to
+  // host memory and, as far as slots are free (never by evicting), to device slots as well. All or nothing: throws
+  // BankFull when they do not fit (see room()), std::invalid_argument for a frame that is there (with `replace`: that
+  // is not), or named twice; std::runtime_error while `stream` is being captured.
   //
-  // With `replace` the pages are a new generation: the old one is in no tier and no slot when the call returns, pins of it
-  // are gone, and fetches of it that are under way are dropped (settle() names them as "replaced").
+  // With `replace` the pages are a new generation: the old one is in no tier and no slot when the call returns, pins of
+  // it are gone, and fetches of it that are under way are dropped (settle() names them as "replaced").
   void commit(const std::vector<Frame>& frames, const std::vector<PageSource>& pages, Stream stream, bool replace);
   // Stores one frame from a record in host memory, copied before the call returns. For opening a saved bank.
   void insert(Frame frame, const std::byte* record, std::int64_t generation);
-  // Copies a frame's record to host memory, from host or disk, checked. Throws std::out_of_range for a frame that is not
-  // there, Damaged.
+  // Copies a frame's record to host memory, from host or disk, checked. Throws std::out_of_range for a frame that is
+  // not there, Damaged.
   void read(Frame frame, std::byte* record);
 
-  // Brings frames into device slots and pins them there: those that are not resident are copied layer by layer from host
-  // memory; reads from disk begin. Frames the bank does not have are misses (see settle). Counts as a use in every tier.
-  // All or nothing: throws BankFull when slots or host records do not suffice beside what is pinned; std::runtime_error
-  // while `stream` is captured.
+  // Brings frames into device slots and pins them there: those that are not resident are copied layer by layer from
+  // host memory; reads from disk begin. Frames the bank does not have are misses (see settle). Counts as a use in every
+  // tier. All or nothing: throws BankFull when slots or host records do not suffice beside what is pinned;
+  // std::runtime_error while `stream` is captured.
   void prefetch(const std::vector<Frame>& frames, Stream stream);
-  // Waits (on the host) for reads from disk, enqueues their copies to the device, and names the frames of the prefetches
-  // since the last settle that cannot be had. Those are not pinned, and their slots are never valid.
+  // Waits (on the host) for reads from disk, enqueues their copies to the device, and names the frames of the
+  // prefetches since the last settle that cannot be had. Those are not pinned, and their slots are never valid.
   std::vector<Lost> settle();
-  // `stream` waits for the copies of a layer; see Order. Settles first when a prefetch has not been. Throws while captured.
+  // `stream` waits for the copies of a layer; see Order. Settles first when a prefetch has not been. Throws while
+  // captured.
   void wait(std::int64_t layer, Stream stream);
-  // `stream` has been given its last read of these frames' slots: takes back one pin each. A frame that was lost, replaced
-  // or forgotten is passed over.
+  // `stream` has been given its last read of these frames' slots: takes back one pin each. A frame that was lost,
+  // replaced or forgotten is passed over.
   void release(const std::vector<Frame>& frames, Stream stream);
 
   // Drops frames from every tier. Throws std::invalid_argument for a frame that is not there or is pinned; nothing is

@@ -12,8 +12,8 @@ namespace longlive::bank {
 // A compute stream as the caller's framework numbers it (a CUstream); 0 is the default stream. Never destroyed here.
 using Stream = std::uintptr_t;
 
-// A point in the order of work on some stream. A null pointer is a point that has been reached. The last owner gives the
-// device's event back.
+// A point in the order of work on some stream. A null pointer is a point that has been reached. The last owner gives
+// the device's event back.
 class Event {
  public:
   virtual ~Event() = default;
@@ -45,8 +45,8 @@ class Device {
   // What is enqueued on `stream` from now on waits for `event`.
   virtual void wait(Stream stream, const EventRef& event) = 0;
   // Enqueues on the device's own queue of that direction: after all of `after`, and after earlier copies of that
-  // direction, the copies, which are unordered among themselves and do not overlap. Returns the point where they are done.
-  // Neither vector is needed once the call returns.
+  // direction, the copies, which are unordered among themselves and do not overlap. Returns the point where they are
+  // done. Neither vector is needed once the call returns.
   virtual EventRef copy(Direction direction, const std::vector<Copy>& copies, const std::vector<EventRef>& after) = 0;
   // Copies within the device, ordered on the compute stream.
   virtual void copy_on(Stream stream, const std::vector<Copy>& copies) = 0;
@@ -65,8 +65,8 @@ class Device {
 // Copies at once, in the calling thread; every point is reached when the call that makes it returns.
 std::unique_ptr<Device> make_host_device();
 
-// Through the driver library (`library`, or libcuda.so.1 when empty), found at run time, in the primary context of device
-// `ordinal`. Throws std::runtime_error that says why when there is none.
+// Through the driver library (`library`, or libcuda.so.1 when empty), found at run time, in the primary context of
+// device `ordinal`. Throws std::runtime_error that says why when there is none.
 std::unique_ptr<Device> make_cuda_device(int ordinal, const std::string& library);
 
 }  // namespace longlive::bank

@@ -55,8 +55,8 @@ struct DiskStats {
 // allocate, free and stats serialise themselves; read and write may be called by many threads at once, on different
 // records or on different parts of one.
 //
-// The files have no names, so that a killed process leaves nothing behind and nobody can open them; a saved bank is what
-// outlives a process.
+// The files have no names, so that a killed process leaves nothing behind and nobody can open them; a saved bank is
+// what outlives a process.
 class DiskTier {
  public:
   using Extent = std::int64_t;  // number of a record's place, < 0 for none
@@ -66,7 +66,8 @@ class DiskTier {
   DiskTier(const DiskTier&) = delete;
   DiskTier& operator=(const DiskTier&) = delete;
 
-  // A place for a record, -1 when the limit is reached or the file system refuses another shard (capacity shrinks then).
+  // A place for a record, -1 when the limit is reached or the file system refuses another shard (capacity shrinks
+  // then).
   Extent allocate();
   void free(Extent extent);
   // `offset` (in the record) and `bytes` are multiples of kAlignment, memory is aligned to it. Short transfers are

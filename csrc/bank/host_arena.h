@@ -32,8 +32,8 @@ struct ArenaStats {
   std::string refusal;             // why the last slab was refused, "" when none was
 };
 
-// Not thread-safe: the bank serialises the calls. Records are aligned to kAlignment and lie in one slab each, so that no
-// copy spans two registrations. New memory is zero. Records are reused last in, first out.
+// Not thread-safe: the bank serialises the calls. Records are aligned to kAlignment and lie in one slab each, so that
+// no copy spans two registrations. New memory is zero. Records are reused last in, first out.
 class HostArena {
  public:
   // Throws std::invalid_argument for sizes that are not allowed. No memory is taken before the first record.

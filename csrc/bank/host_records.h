@@ -86,8 +86,9 @@ class HostRecords {
   void move_by_use(Record& record) noexcept;
   void touch(Record& record) noexcept;
 
-  // Takes over a list of one: its points are dropped as soon as they have been reached, be the records asked for or not,
-  // so that no more of the device's events are held than copies are under way. Each queue in the order of its copies.
+  // Takes over a list of one: its points are dropped as soon as they have been reached, be the records asked for or
+  // not, so that no more of the device's events are held than copies are under way. Each queue in the order of its
+  // copies.
   void watch(Direction direction, std::list<Points>& points) noexcept;
   void drop_reached() noexcept;
   // How often points were found to have been reached: the device may get on between two looks at the same record.

@@ -32,8 +32,9 @@ struct PageLayout {
   }
 };
 
-// Where segment s of a frame's page (layer, sample) lies: parts[s].base + layer * layer_stride + sample * sample_stride.
-// Strides in bytes. One part a segment of the layout.
+// Where segment s of a frame's page (layer, sample) lies: 
+//   parts[s].base + layer * layer_stride + sample * sample_stride, strides in bytes.
+// One part a segment of the layout.
 struct PageSource {
   struct Part {
     std::uintptr_t base = 0;
@@ -43,8 +44,8 @@ struct PageSource {
   std::vector<Part> parts;
 };
 
-// Device slots first .. first + count - 1 of a tensor: as PageSource, plus slot * slot_stride (slot counted from 0 of the
-// tensor, not from first).
+// Device slots first .. first + count - 1 of a tensor: as PageSource, plus slot * slot_stride (slot counted from 0 of
+// the tensor, not from first).
 struct SlotGeometry {
   struct Part {
     std::uintptr_t base = 0;
