@@ -32,7 +32,7 @@ struct PageLayout {
   }
 };
 
-// Where segment s of a frame's page (layer, sample) lies: 
+// Where segment s of a frame's page (layer, sample) lies:
 //   parts[s].base + layer * layer_stride + sample * sample_stride, strides in bytes.
 // One part a segment of the layout.
 struct PageSource {
