@@ -288,9 +288,11 @@ def test_a_full_file_system(tmp_path: Path) -> None:
 
 REFUSED_MEMORY = """
 import resource, sys
+import numpy.random
 sys.path[:0] = {paths!r}
 from bank_model import RECORD, Limits, World
 world = World(Limits(host=8000, slots=0, bounce=0, commit=1, slab=64), "")
+numpy.random.default_rng(0)  # what is loaded when it is first used takes memory, too
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINITY))
