@@ -19,7 +19,7 @@ from .model import TIMESTEPS, ToyTransformer, WeightKind, mix_noise
 from .probe import Masses, Probe
 from .settings import FRAMES_PER_BLOCK, DemoSettings
 
-__all__ = ["BlockRecord", "Streamed", "stream"]
+__all__ = ["BlockRecord", "Streamed", "model_and_window", "stream"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,25 @@ class _Clock:
         return float(self.window.stats()["seconds"]["retrieval"])
 
 
+def model_and_window(
+    footage: Footage, weights: WeightKind, settings: DemoSettings, dtype: torch.dtype = torch.float32
+) -> tuple[ToyTransformer, MemoryWindow]:
+    """The toy for a footage's size, and an empty window for it in ``dtype``."""
+    size = (int(footage.latents.shape[2]), int(footage.latents.shape[3]))
+    model = ToyTransformer(weights, size, seed=settings.seed)
+    window = MemoryWindow(
+        settings.window_config(),
+        layers=model.layers,
+        batch=1,
+        tokens_per_frame=model.tokens_per_frame,
+        kv_heads=model.heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        bank=settings.bank,
+    )
+    return model, window
+
+
 def stream(
     footage: Footage,
     weights: WeightKind,
@@ -70,21 +89,8 @@ def stream(
     tick: Callable[[], None] = lambda: None,
 ) -> Streamed:
     """Streams all blocks of a footage. Deterministic for a seed, times apart; ``tick`` is called once a block."""
-    config = settings.window_config()
-    size = (int(footage.latents.shape[2]), int(footage.latents.shape[3]))
-    model = ToyTransformer(weights, size, seed=settings.seed)
-    window = MemoryWindow(
-        config,
-        layers=model.layers,
-        batch=1,
-        tokens_per_frame=model.tokens_per_frame,
-        kv_heads=model.heads,
-        head_dim=model.head_dim,
-        dtype=torch.float32,
-        device="cpu",
-        bank=settings.bank,
-    )
-    probe = Probe(window, config, model.head_dim, model.grid)
+    model, window = model_and_window(footage, weights, settings)
+    probe = Probe(window, window.config, model.head_dim, model.grid)
     noise = torch.Generator().manual_seed(settings.seed + 1)
     records, embeddings = [], []
     for start in range(0, footage.frames, FRAMES_PER_BLOCK):

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..bank.config import BankConfig
-from ..window import MemoryWindow
 from .embedding import embed
 from .footage import Footage
-from .model import TIMESTEPS, ToyTransformer, mix_noise
+from .model import TIMESTEPS, mix_noise
 from .settings import FRAMES_PER_BLOCK, DemoSettings
+from .stream import model_and_window
 
 __all__ = ["TierCheck", "check_tiers"]
 
@@ -47,18 +47,7 @@ def check_tiers(footage: Footage, settings: DemoSettings, tick: Callable[[], Non
 
 @torch.inference_mode()
 def _hashes(footage: Footage, settings: DemoSettings, tick: Callable[[], None]) -> list[str]:
-    size = (int(footage.latents.shape[2]), int(footage.latents.shape[3]))
-    model = ToyTransformer("content", size, seed=settings.seed)
-    window = MemoryWindow(
-        settings.window_config(),
-        layers=model.layers,
-        batch=1,
-        tokens_per_frame=model.tokens_per_frame,
-        kv_heads=model.heads,
-        head_dim=model.head_dim,
-        dtype=torch.bfloat16,
-        bank=settings.bank,
-    )
+    model, window = model_and_window(footage, "content", settings, torch.bfloat16)
     noise = torch.Generator().manual_seed(settings.seed + 1)
     hashes = []
     for start in range(0, footage.frames, FRAMES_PER_BLOCK):
