@@ -9,6 +9,7 @@ import torch
 from .assignment import memory_arrivals
 from .bank import BankConfig, MemoryBank
 from .bank.host_copy import HostCopy
+from .bank.limits import slots_within
 from .bank.page_format import PageFormat
 from .config import WindowConfig, candidate_end, check_int
 from .history import (
@@ -33,8 +34,9 @@ class TieredHistory(FrameHistory):
         shape: ``(layers, 2, samples, tokens_per_frame, kv_heads, head_dim)``.
         dtype, device: of the window.
         bank: limits and storage of the bank.
-        device_slots: frames whose pages the device holds beside the window; None for twice what one block can fetch,
-            so that a fetch finds room while the last one is still being placed.
+        device_slots: frames whose pages the device holds beside the window; None for as many as the bank's
+            ``device_bytes`` holds or, without that, twice what one block can fetch, so that a fetch finds room while
+            the last one is still being placed.
         engine: that searches the index.
 
     Raises:
@@ -58,11 +60,15 @@ class TieredHistory(FrameHistory):
         layers, _, samples, tokens, heads, head_dim = shape
         super().__init__(config, samples, engine)
         most_fetched = samples * config.top_k
-        slots = 2 * most_fetched if device_slots is None else check_int("history_slots", device_slots, most_fetched)
+        form = PageFormat(bank.storage, layers, samples, tokens, heads, head_dim, dtype)
+        if device_slots is not None:
+            slots = check_int("history_slots", device_slots, most_fetched)
+        else:
+            slots = 2 * most_fetched if bank.device_bytes is None else slots_within(form, bank, 0)
         plain = bank.storage == "plain"
         self._pages = empty_pages(shape, config.window + (slots if plain else 0), dtype, device)
         self.bank = MemoryBank(
-            PageFormat(bank.storage, layers, samples, tokens, heads, head_dim, dtype),
+            form,
             bank,
             slots=self._pages if plain else None,
             first_slot=config.window if plain else 0,

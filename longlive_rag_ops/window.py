@@ -42,7 +42,8 @@ class MemoryWindow:
         device: where the pool lives.
         history_slots: most frames of history kept; None keeps all, doubling the pool when it is full, which for a
             moment holds the old and the new one. Name a number where memory is short. With a bank: frames whose pages
-            the device holds beside the window, by default twice what one block can fetch.
+            the device holds beside the window, by default what its ``device_bytes`` holds, else twice what one block
+            can fetch.
         on_full: with ``history_slots`` and no bank: ``error`` raises when they are used up, ``forget`` gives up the
             least recently retrieved frame.
         bank: limits of a memory bank that keeps the history in host memory and on disk; None keeps it in the pool.

@@ -61,6 +61,8 @@ class BankConfig:
 
     Args:
         host_bytes: most host memory for pages.
+        device_bytes: most device memory for slots; None: for as many as the bank, or the window, is asked for. When no
+            number of slots is given, it says how many there are.
         disk_bytes: most space on disk for pages; 0: no disk. With disk, host memory is where pages pass through, and
             frames that do not fit there stay on disk alone.
         spill: existing folder for the disk tier's files, which have no names there and vanish with the process;
@@ -81,6 +83,7 @@ class BankConfig:
     """
 
     host_bytes: int
+    device_bytes: int | None = None
     disk_bytes: int = 0
     spill: Path | None = None
     storage: str = "plain"
@@ -98,6 +101,7 @@ class BankConfig:
             self,
             *,
             host_bytes: int | str,
+            device_bytes: int | str | None = None,
             disk_bytes: int | str = 0,
             spill: str | os.PathLike[str] | None = None,
             storage: str = "plain",
@@ -113,6 +117,8 @@ class BankConfig:
     def __post_init__(self) -> None:
         for name, low in (("host_bytes", 1), ("disk_bytes", 0), ("slab_bytes", 1), ("shard_bytes", 1)):
             object.__setattr__(self, name, parse_bytes(getattr(self, name), name, low))
+        if self.device_bytes is not None:
+            object.__setattr__(self, "device_bytes", parse_bytes(self.device_bytes, "device_bytes"))
         for name in ("spill", "log"):
             value = getattr(self, name)
             if value is not None:

@@ -70,7 +70,8 @@ class BankContents:
         self.frames_per_commit = check_int("frames_per_commit", frames_per_commit, 1)
         check_int("most_fetched", most_fetched, 0)
         self.device = _device(device)
-        count = _slot_count(format, slots, check_int("first_slot", first_slot, 0), device_slots, self.device)
+        check_int("first_slot", first_slot, 0)
+        count = _slot_count(format, config, slots, first_slot, device_slots, self.device)
         limits.check_limits(
             format, config, slots=count, most_fetched=most_fetched, sink=sink, frames_per_commit=frames_per_commit
         )
@@ -102,7 +103,7 @@ class BankContents:
             ordinal=self.device.index or 0,
             driver=_driver or "",
         )
-        self._slot_bytes = count * format.slots(1, "meta").nbytes
+        self._slot_bytes = count * limits.slot_bytes(format)
         self._first_slot, self._slot_count = first_slot, count
         self._sources = Sources(
             format, frames_per_commit, self.device, self._core, later=later, on_host=self.device.type == "cpu"
@@ -338,14 +339,19 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _slot_count(
-    pages: PageFormat, slots: torch.Tensor | None, first_slot: int, device_slots: int, device: torch.device
+    pages: PageFormat,
+    config: BankConfig,
+    slots: torch.Tensor | None,
+    first_slot: int,
+    device_slots: int,
+    device: torch.device,
 ) -> int:
     """Device slots that are the bank's."""
     check_int("device_slots", device_slots, 0)
     if slots is None:
         if first_slot:
             raise ValueError(f"first_slot must be 0 when slots is not given, got {first_slot}")
-        return device_slots
+        return limits.slots_within(pages, config, device_slots)
     if slots.device != device:
         raise ValueError(f"slots must be on device ({device}), got {slots.device}")
     pages.slot_parts(slots)  # checks dtype, shape and strides
@@ -355,4 +361,4 @@ def _slot_count(
             f"slots must have first_slot + device_slots ({first_slot} + {device_slots}) or more, got "
             f"{count + first_slot}"
         )
-    return device_slots or count
+    return limits.slots_within(pages, config, device_slots or count)

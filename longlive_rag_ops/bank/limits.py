@@ -6,6 +6,27 @@ from .config import BankConfig, format_bytes
 from .page_format import PageFormat
 
 
+def slot_bytes(pages: PageFormat) -> int:
+    """Bytes of a frame in a device slot: without the padding that plain pages have when they are stored."""
+    return pages.slots(1, "meta").nbytes
+
+
+def slots_within(pages: PageFormat, config: BankConfig, asked: int) -> int:
+    """Device slots: as many as are asked for or, when 0 are, as ``device_bytes`` holds (none without it).
+
+    ValueError when more are asked for than it holds.
+    """
+    if config.device_bytes is None:
+        return asked
+    held = config.device_bytes // slot_bytes(pages)
+    if asked > held:
+        raise ValueError(
+            f"device_bytes must be at least {format_bytes(asked * slot_bytes(pages))}, {asked} slots of "
+            f"{slot_bytes(pages)} bytes; got {format_bytes(config.device_bytes)}"
+        )
+    return asked or held
+
+
 def bounce_records(config: BankConfig, most_fetched: int, slots: int) -> int:
     """Frames for which host memory is kept on their way from disk to the device."""
     return max(1, most_fetched) if config.disk_bytes and slots else 0
@@ -27,9 +48,11 @@ def check_limits(
     """
     record = pages.record_bytes
     if slots < most_fetched:
+        name = "device_slots (or slots)" if config.device_bytes is None else "device_bytes"
+        size = slot_bytes(pages)
         raise ValueError(
-            f"device_slots (or slots) must hold at least {most_fetched} frames (most_fetched), which is "
-            f"{format_bytes(most_fetched * record)}; got {slots} slots, which is {format_bytes(slots * record)}"
+            f"{name} must hold at least {most_fetched} frames (most_fetched), which is "
+            f"{format_bytes(most_fetched * size)}; got {slots} slots, which is {format_bytes(slots * size)}"
         )
     host, disk = config.host_bytes // record, config.disk_bytes // record
     kept = sink + frames_per_commit + most_fetched

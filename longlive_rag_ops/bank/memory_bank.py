@@ -38,7 +38,8 @@ class MemoryBank(BankRetrieval):
         config: limits and settings.
         slots: tensor of device slots to use, shaped as ``format.slots`` makes them (plain: the window's pool); when not
             given the bank makes its own.
-        device_slots: how many; with ``slots``, 0 means all from ``first_slot`` on.
+        device_slots: how many; 0 means all of ``slots`` from ``first_slot`` on or, without ``slots``, as many as the
+            config's ``device_bytes`` holds.
         first_slot: with ``slots``: the first that is the bank's.
         device: of pages, slots and index; must be that of ``slots``.
         sink: frames below it are never forgotten for others.

@@ -76,7 +76,7 @@ def bank_stats(
             "frames": core["device_frames"],
             "bytes": core["device_frames"] * slot_record,
             "reserved_bytes": slot_bytes,
-            "limit_bytes": slot_bytes,
+            "limit_bytes": slot_bytes if config.device_bytes is None else config.device_bytes,
         },
         "host": {
             "frames": core["host_frames"],

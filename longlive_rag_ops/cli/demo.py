@@ -36,6 +36,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     tiers = parser.add_argument_group("memory bank (without --host-bytes all history stays in one pool)")
     tiers.add_argument("--host-bytes", metavar="SIZE", help="host memory for history, such as 64MiB")
+    tiers.add_argument(
+        "--device-bytes",
+        metavar="SIZE",
+        help="device memory for fetched frames (default: twice what a block can fetch)",
+    )
     tiers.add_argument("--spill", metavar="DIR", help="folder where frames go that host memory cannot hold")
     tiers.add_argument("--disk-bytes", metavar="SIZE", help="most to write there (default 8GiB)")
     tiers.add_argument(
@@ -63,7 +68,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _bank(args: argparse.Namespace) -> "BankConfig | None":
     from ..bank.config import BankConfig
 
-    for option in ("spill", "disk_bytes", "storage", "policy"):
+    for option in ("device_bytes", "spill", "disk_bytes", "storage", "policy"):
         given = getattr(args, option)
         if given is not None and args.host_bytes is None:
             name = option.replace("_", "-")
@@ -74,6 +79,7 @@ def _bank(args: argparse.Namespace) -> "BankConfig | None":
         raise ValueError(f"--disk-bytes: got {args.disk_bytes!r} without --spill, which says where")
     return BankConfig(
         host_bytes=args.host_bytes,
+        device_bytes=args.device_bytes,
         disk_bytes=0 if args.spill is None else args.disk_bytes or "8GiB",
         spill=args.spill,
         storage=args.storage or "plain",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from longlive_rag_ops import BankConfig, PageFormat
+from longlive_rag_ops import BankConfig, MemoryBank, PageFormat
 from longlive_rag_ops.bank.config import format_bytes, parse_bytes
 from longlive_rag_ops.bank.limits import bounce_records, check_limits, kept_back
 
@@ -152,7 +152,7 @@ def test_with_disk_host_memory_is_kept_for_a_commit_of_new_generations() -> None
 
 
 def test_slots_must_hold_a_fetch() -> None:
-    with pytest.raises(ValueError, match=r"device_slots .*at least 6 frames \(most_fetched\).*48 KiB.*got 5 slots"):
+    with pytest.raises(ValueError, match=r"device_slots .*at least 6 frames \(most_fetched\).* 6 KiB.*got 5 slots"):
         limits(100, slots=5)
 
 
@@ -162,3 +162,20 @@ def test_host_memory_kept_for_frames_on_their_way_from_disk() -> None:
     assert bounce_records(with_disk, 0, 8) == 1
     assert bounce_records(with_disk, 0, 0) == 0  # nothing can be fetched
     assert bounce_records(BankConfig(host_bytes=1), 6, 8) == 0
+
+
+def test_device_bytes_say_how_many_slots() -> None:
+    form = PageFormat("int8", 2, 1, 4, 2, 8, torch.float32)  # 8192 bytes a frame in a slot
+    options: dict[str, Any] = {"host_bytes": "1MiB", "storage": "int8", "device_bytes": "36KiB"}
+    with MemoryBank(form, BankConfig(**options), most_fetched=4) as bank:
+        assert bank.slots.shape[2] == 4 and bank.stats()["device"]["limit_bytes"] == 36 * 1024
+    with MemoryBank(form, BankConfig(**options), device_slots=3) as bank:
+        assert bank.slots.shape[2] == 3 and bank.stats()["device"]["reserved_bytes"] == 3 * 8192
+    with pytest.raises(ValueError, match=r"device_bytes must be at least 40 KiB.*5 slots.*got 36 KiB"):
+        MemoryBank(form, BankConfig(**options), device_slots=5)
+    with pytest.raises(ValueError, match=r"device_bytes must be at least"):
+        MemoryBank(form, BankConfig(**options), slots=form.slots(8, "cpu"))
+    with pytest.raises(ValueError, match=r"device_bytes must hold at least 5 frames.*got 4 slots"):
+        MemoryBank(form, BankConfig(**options), most_fetched=5)
+    with pytest.raises(ValueError, match="device_bytes must be"):
+        BankConfig(host_bytes=1, device_bytes="much")

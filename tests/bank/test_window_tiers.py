@@ -192,6 +192,19 @@ def test_window_refuses(name: str) -> None:
         MemoryWindow(WindowConfig(), layers=1, batch=1, tokens_per_frame=2, kv_heads=1, head_dim=16, **options)
 
 
+def test_device_bytes_bound_what_is_fetched() -> None:
+    record = record_bytes(SMALL)
+    sizes = [2 * 2 * 4 * 16 * 4 * frames for frames in (2, 5)]  # keys and values, layers, tokens, channels, float32
+    for held, slots in zip(sizes, (2, 5), strict=True):
+        pair = Pair(6, 1, 2, 1, 2, **SMALL, bank=BankConfig(host_bytes=40 * record, device_bytes=held))
+        for _ in range(10):
+            pair.block()
+        assert pair.window.pool.shape[3] == 6 + slots and pair.window.bank is not None
+        assert pair.window.bank.stats()["device"]["reserved_bytes"] == held
+    with rejected("device_bytes"):
+        Pair(6, 1, 2, 1, 2, **SMALL, bank=BankConfig(host_bytes=40 * record, device_bytes=sizes[0] - 1))
+
+
 def test_a_bank_needs_retrieval() -> None:
     with rejected("top_k", "0"):
         MemoryWindow(
