@@ -117,7 +117,7 @@ class Layer:
         held = [*range(SINK), *local_frames(START - n, n, SINK, local)]
         state[0, FRAME, [window_slot(frame, SINK, local) for frame in held]] = torch.tensor(held)
         state[0, POSITION, [window_slot(frame, SINK, local) for frame in held]] = torch.tensor(
-            [temporal_position(frame, START - n, n, window, SINK, "slot") for frame in held]
+            [temporal_position(frame, START - n, n, window, SINK, top_k, "slot") for frame in held]
         )
         state[0, FRAME, window - top_k :] = torch.arange(SINK, SINK + top_k)
         state[0, POSITION, window - top_k :] = 0

@@ -69,7 +69,7 @@ def trace_attentions(trace: Trace) -> Iterator[tuple[Attention, torch.Tensor]]:
     """Every forward and sample of a trace that retrieves, with the recorded output ``(S, H, D)``."""
     sizes = trace.config
     window, sink = sizes["window_frames"], sizes["sink_frames"]
-    local, count, tokens = window - sink - sizes["top_k"], sizes["frames_per_block"], sizes["tokens_per_frame"]
+    top_k, count, tokens = sizes["top_k"], sizes["frames_per_block"], sizes["tokens_per_frame"]
     rope_options: dict[str, Any] = sizes["rope"]
     split = rope_options.get("split") or default_split(sizes["head_dim"])
     rope = rotary_table(sizes["head_dim"], 1024, rope_options.get("theta", 10000.0), split, torch.float64)
@@ -90,8 +90,8 @@ def trace_attentions(trace: Trace) -> Iterator[tuple[Attention, torch.Tensor]]:
         for forward in range(sizes["forwards_per_block"]):
             for sample, memory in enumerate(entry["memory_frames"]):
                 own = range(start, start + count)
-                frames = [*range(sink), *local_frames(start, count, sink, local)]
-                where = {frame: temporal_position(frame, start, count, window, sink, "slot") for frame in frames}
+                frames = [*range(sink), *local_frames(start, count, sink, window - sink - top_k)]
+                where = {frame: temporal_position(frame, start, count, window, sink, top_k, "slot") for frame in frames}
                 here = (block, forward, sample)
                 attention = Attention(
                     torch.cat([page("q", *here, frame, where[frame]) for frame in own]),

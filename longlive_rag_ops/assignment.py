@@ -72,7 +72,7 @@ def advance_window(
         (
             frame,
             window_slot(frame, sink, local),
-            temporal_position(frame, start_frame, frames, window, sink, position_rule),
+            temporal_position(frame, start_frame, frames, window, sink, top_k, position_rule),
         )
         for frame in fixed
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-POSITION_RULES = ("slot", "absolute")
+POSITION_RULES = ("slot", "absolute", "before_window")
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -33,7 +33,13 @@ class WindowConfig:
         recent_exclude: recency guard ``R``: the newest ``R`` evicted frames are never retrieved.
         frames_per_block: most frames generated together, ``n``; a block may have fewer.
         position_rule: temporal rotary positions. ``"slot"``: the window is re-numbered ``0 .. W-1`` and memory sits
-            at 0, as LongLive-RAG was published; ``"absolute"``: every frame keeps its global number.
+            at 0, as LongLive-RAG was published; ``"absolute"``: every frame keeps its global number;
+            ``"before_window"``: the sink, and memory with it, sits right before the local part. ``"slot"`` leaves a gap
+            of ``K`` positions there once the window is full; without retrieval the two are the same. Attention depends
+            on differences of positions alone, so this is the rule of SANA-WM and of Rolling-Forcing's denoising
+            forwards, which leave the local part at its global numbers and move the sink up to it. Here the sink stays
+            at ``0 .. S-1`` and the local part comes down to it instead: positions stay below ``W``, and so within a
+            rotary table of ``W`` rows, however long the video.
         min_score: frames whose cosine with the query is smaller are not retrieved; None retrieves always ``K``.
         diversity: ``0 <= d < 1``; above 0, frames that resemble those already chosen are passed over (maximal marginal
             relevance, see ``topk_retrieve``).
@@ -115,18 +121,32 @@ def window_slot(frame: int, sink: int, local: int) -> int:
     return frame if frame < sink else sink + (frame - sink) % local
 
 
-def temporal_position(frame: int, start_frame: int, frames: int, window: int, sink: int, rule: str) -> int:
+def temporal_position(frame: int, start_frame: int, frames: int, window: int, sink: int, top_k: int, rule: str) -> int:
     """Temporal rotary position of a sink or local frame while a block of ``frames`` starts at ``start_frame``.
 
     Rule ``slot``: the frame's own number until the window is full; afterwards the newest frame sits at ``W - 1``, a
     frame ``j`` before it at ``W - 1 - j``, and sink frames at ``0 .. S-1``.
+
+    Rule ``absolute``: the frame's own number.
+
+    Rule ``before_window``: sink frames at ``0 .. S-1``, local frames from ``S`` on without a gap. Without a sink they
+    start at 1 where there may be memory, which sits at 0 and must not share a local frame's position. Only differences
+    of positions matter to attention, so the local part might as well keep its own numbers and the sink and memory move
+    to just before it; counted from the sink, no position reaches ``window``.
     """
     newest = start_frame + frames - 1
-    if rule == "absolute" or newest < window or frame < sink:
+    if frame < sink or rule == "absolute":
         return frame
-    return window - 1 - (newest - frame)
+    if rule == "before_window":
+        oldest = max(sink, newest + 1 - (window - sink - top_k))  # of the local part, see `local_frames`
+        return max(sink, min(top_k, 1)) + frame - oldest
+    return frame if newest < window else window - 1 - (newest - frame)
 
 
 def memory_position(frame: int, rule: str) -> int:
-    """Temporal rotary position of a retrieved frame: 0 under rule ``slot``, its own number under ``absolute``."""
-    return 0 if rule == "slot" else frame
+    """Temporal rotary position of a retrieved frame: its own number under rule ``absolute``, else 0.
+
+    Position 0 is the first sink frame's under ``slot`` and ``before_window``. A canonical page is rotated to 0 already,
+    so that placing it is a plain copy.
+    """
+    return frame if rule == "absolute" else 0

@@ -56,6 +56,8 @@ class Rules:
         """Temporal position of a sink, local or own frame."""
         if self.position_rule == "absolute":
             return frame
+        if self.position_rule == "before_window":
+            return frame + self.moved(start, n) if frame < self.sink else frame
         if start + n <= self.window:
             return frame
         if frame < self.sink:
@@ -63,9 +65,24 @@ class Rules:
         newest = start + n - 1
         return self.window - 1 - (newest - frame)
 
-    def memory_position(self, frame: int) -> int:
+    def memory_position(self, frame: int, start: int, n: int) -> int:
         """Temporal position of a retrieved frame."""
-        return frame if self.position_rule == "absolute" else 0
+        if self.position_rule == "absolute":
+            return frame
+        return self.moved(start, n)
+
+    def moved(self, start: int, n: int) -> int:
+        """Rule `before_window`: how far sink and memory are moved to end right before the local part; 0 in others.
+
+        The local part keeps its global numbers, as in the backbones that have this rule. Memory sits where the first
+        sink frame does, or just before the local part when there is no sink, which may be at -1. The package counts
+        from there instead, so that its positions are smaller by this number; attention cannot tell.
+        """
+        local = self.local_frames(start, n)
+        if self.position_rule != "before_window" or not local:
+            return 0
+        before = self.sink if self.sink or not self.top_k else 1
+        return local[0] - before
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -220,7 +237,7 @@ class Simulator:
                 self.pages[layer, sample, t + i] = (k[sample, rows].double(), v[sample, rows].double())
             sink, local, memory = self.parts(sample, n)
             where = [(f, self.rules.position(f, t, n)) for f in sink + local]
-            where += [(f, self.rules.memory_position(f)) for f in memory]
+            where += [(f, self.rules.memory_position(f, t, n)) for f in memory]
             keys = torch.cat([rotate(self.pages[layer, sample, f][0], position, grid) for f, position in where])
             values = torch.cat([self.pages[layer, sample, f][1] for f, _ in where])
             own = q[sample].double().split(tokens)

@@ -160,7 +160,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "retrieve_attend",
         {"position_rule": "newest"},
         ValueError,
-        "position_rule must be one of slot, absolute; got 'newest'",
+        "position_rule must be one of slot, absolute, before_window; got 'newest'",
     ),
     (
         "retrieve_attend",

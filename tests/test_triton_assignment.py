@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from window_pair import one_thread  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")
 
 from longlive_rag_ops.assignment import FRAME, POSITION, SOURCE, STAGED, advance_window, check_state, empty_window_state
-from longlive_rag_ops.config import WindowConfig, window_slot
+from longlive_rag_ops.config import POSITION_RULES, WindowConfig, window_slot
 from longlive_rag_ops.triton_kernels.assign_window import Plan, assign_window
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,17 +100,19 @@ def assert_plan(plan: Plan, state: torch.Tensor, video: Video, frames: int) -> N
     assert torch.equal(plan.counts, (state[:, FRAME] >= 0).sum(1))
 
 
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     sink=st.integers(0, 3),
     top_k=st.integers(0, 8),
     frames=st.integers(1, 3),
     more=st.integers(0, 4),
     recent=st.integers(1, 2),
-    rule=st.sampled_from(["slot", "absolute"]),
+    rule=st.sampled_from(POSITION_RULES),
     samples=st.integers(1, 3),
     seed=st.integers(0, 2**32),
 )
+@example(sink=0, top_k=3, frames=2, more=1, recent=1, rule="before_window", samples=2, seed=1)
+@example(sink=2, top_k=3, frames=2, more=1, recent=1, rule="before_window", samples=2, seed=2)
 def test_states_are_those_of_advance_window(
     sink: int, top_k: int, frames: int, more: int, recent: int, rule: str, samples: int, seed: int
 ) -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from longlive_rag_ops import reference
 from longlive_rag_ops.assignment import FRAME, POSITION, SOURCE, STAGED, empty_window_state
-from longlive_rag_ops.config import window_slot
+from longlive_rag_ops.config import POSITION_RULES, window_slot
 from longlive_rag_ops.rotary import default_split, rotary_table
 from longlive_rag_ops.triton_kernels.retrieve_attend import MESSAGE, STEPS, Steps, run_chain
 
@@ -114,7 +114,7 @@ class Stream:
         b["index_length"].fill_(self.start)
 
 
-@pytest.mark.parametrize(("steps", "rule"), [(STEPS, "slot"), (ORACLE, "slot"), (ORACLE, "absolute")])
+@pytest.mark.parametrize(("steps", "rule"), [(STEPS, "slot"), *((ORACLE, rule) for rule in POSITION_RULES)])
 def test_a_video_is_the_simulators(steps: Steps, rule: str) -> None:
     stream = Stream(rule)
     rules = Rules(stream.WINDOW, stream.SINK, stream.TOP_K, stream.RECENT, rule)
@@ -157,6 +157,7 @@ VARIANTS: dict[str, Any] = {
     "no place": (cases.retrieve_later, {}, lambda case: {"place": False}),
     "count": (cases.retrieve_later, {}, lambda case: {"count": 6}),
     "absolute": (cases.retrieve_later, {}, lambda case: {"position_rule": "absolute"}),
+    "before_window": (cases.retrieve_later, {}, lambda case: {"position_rule": "before_window"}),
     "int8 index": (cases.retrieve_later, {}, int8_index),
     "least score": (cases.retrieve_later, {}, lambda case: {"min_score": 0.5}),
     "diversity": (cases.retrieve_later, {}, lambda case: {"diversity": 0.6}),

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from window_pair import Pair, one_thread  # noqa: F401 (a fixture)
+from window_pair import Pair, one_thread, rejected  # noqa: F401 (a fixture)
+
+from longlive_rag_ops import WindowConfig
+from longlive_rag_ops.assignment import FRAME, POSITION, advance_window, empty_window_state
+from longlive_rag_ops.config import local_frames, memory_position, temporal_position
+from longlive_rag_ops.rotary import rotary_table
 
 
 def constant(pair: Pair, value: list[float], n: int | None = None) -> torch.Tensor:
@@ -276,6 +282,77 @@ def test_absolute_positions() -> None:
     pair = Pair(6, 1, 2, 0, 2, position_rule="absolute", grid=(2, 2), layers=2)
     for _ in range(12):
         pair.block(forwards=2)
+
+
+@pytest.mark.parametrize(("sink", "top_k"), [(0, 3), (2, 0), (2, 3)])
+def test_positions_before_the_window(sink: int, top_k: int) -> None:
+    # The simulator moves sink and memory up to the local part's global numbers instead.
+    pair = Pair(sink + top_k + 5, sink, top_k, 1, 2, position_rule="before_window", layers=2, grid=(1, 1), width=8)
+    for block in range(150):
+        pair.block(forwards=2, check=block < 15 or block % 20 == 19)
+    pair.forward()
+    assert len(pair.window.selected[0]) == top_k
+    assert pair.sim.memory_slots(0) or not top_k
+
+
+@pytest.mark.parametrize(("sink", "top_k", "rows"), [(0, 3, 5), (2, 0, 6), (2, 3, 6)])
+def test_positions_before_the_window_and_the_rotary_table(sink: int, top_k: int, rows: int) -> None:
+    # Four local frames follow the sink, or memory at 0; `W` rows are never too few.
+    sizes = (sink + top_k + 4, sink, top_k, 0, 2)
+    assert rows <= sizes[0]
+    pair = Pair(*sizes, position_rule="before_window", grid=(1, 1), rope=rotary_table(16, rows))
+    for _ in range(30):
+        pair.block()
+    pair = Pair(*sizes, position_rule="before_window", grid=(1, 1), rope=rotary_table(16, rows - 1))
+    with rejected("rope", str(rows - 1)):
+        for _ in range(4):
+            pair.block()
+
+
+def positions(config: WindowConfig, start: int, n: int) -> dict[int, int]:
+    """Of the sink and the local part, by frame."""
+    frames = [*range(min(config.sink, start + n)), *local_frames(start, n, config.sink, config.local)]
+    sizes = (config.window, config.sink, config.top_k, config.position_rule)
+    return {frame: temporal_position(frame, start, n, *sizes) for frame in frames}
+
+
+def test_positions_before_the_window_by_hand() -> None:
+    config = WindowConfig(12, 1, 6, 5, 3, "before_window")
+    assert positions(config, 0, 3) == {0: 0, 1: 1, 2: 2}
+    assert positions(config, 6, 3) == {0: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 5}
+    assert positions(config, 90, 3) == {0: 0, 88: 1, 89: 2, 90: 3, 91: 4, 92: 5}
+    assert positions(replace(config, position_rule="slot"), 90, 3) == {0: 0, 88: 7, 89: 8, 90: 9, 91: 10, 92: 11}
+    assert memory_position(40, "before_window") == memory_position(40, "slot") == 0
+    # Without a sink memory has position 0 to itself; without memory the local part has it.
+    assert positions(replace(config, window=10, sink=0, top_k=6), 90, 2) == {88: 1, 89: 2, 90: 3, 91: 4}
+    assert positions(replace(config, window=4, sink=0, top_k=0), 90, 2) == {88: 0, 89: 1, 90: 2, 91: 3}
+    # A sink longer than the video so far.
+    assert positions(replace(config, sink=4, top_k=5), 0, 3) == {0: 0, 1: 1, 2: 2}
+
+
+@pytest.mark.parametrize("sink", [0, 1, 4])
+@pytest.mark.parametrize("top_k", [0, 1, 5])
+@pytest.mark.parametrize("n", [1, 3])
+def test_where_the_rules_put_the_window(sink: int, top_k: int, n: int) -> None:
+    config = WindowConfig(sink + top_k + n + 1, sink, top_k, 0, n, "before_window")
+    plans = {rule: empty_window_state(1, config.window) for rule in ("slot", "before_window")}
+    for start in range(0, 8 * n + 3 * config.window, n):
+        retrieved = [*range(sink, max(sink, start - config.window))][:top_k]
+        chosen = torch.tensor([retrieved + [-1] * (top_k - len(retrieved))], dtype=torch.int64).reshape(1, top_k)
+        sizes = {"sink": sink, "top_k": top_k, "staging_rows": config.staging_rows}
+        for rule, plan in plans.items():
+            plans[rule] = advance_window(plan, chosen, lambda f: f + 99, start, n, position_rule=rule, **sizes)
+        state = plans["before_window"][0]
+        taken, held = state[POSITION], state[FRAME] >= 0
+        fixed = taken[: config.window - top_k][held[: config.window - top_k]].tolist()
+        memory = taken[config.window - top_k :][held[config.window - top_k :]].tolist()
+        assert memory == [0] * len(retrieved)
+        # Sink and local part are one run without a gap, in which memory takes no local frame's place.
+        first = 0 if sink or not top_k else 1
+        assert sorted(fixed) == list(range(first, first + len(fixed)))
+        assert max(fixed) < config.window
+        if top_k == 0:
+            assert torch.equal(plans["slot"], plans["before_window"])
 
 
 def test_a_tall_and_a_wide_grid() -> None:

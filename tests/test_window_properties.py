@@ -11,6 +11,8 @@ import pytest
 import torch
 from window_pair import TOLERANCE, Pair, error_of, one_thread, palette  # noqa: F401 (a fixture)
 
+from longlive_rag_ops.config import POSITION_RULES
+
 try:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
@@ -22,7 +24,7 @@ except ImportError:
 class Case:
     """A window, its tensors and a stream of blocks. `picks[block][sample][i]` is a row of the embedding palette."""
 
-    window: dict[str, int]
+    window: dict[str, Any]
     tensors: dict[str, Any]
     picks: tuple[tuple[tuple[int, ...], ...], ...]
     scales: tuple[float, ...]
@@ -69,6 +71,7 @@ def build(draw: Any) -> Case:
             "top_k": top_k,
             "recent_exclude": draw(0, 5),
             "frames_per_block": n,
+            "position_rule": POSITION_RULES[draw(0, len(POSITION_RULES) - 1)],
         },
         tensors={
             "batch": batch,

@@ -160,7 +160,8 @@ class Pair:
             _, _, memory = self.sim.parts(sample, n)
             for slot, frame in enumerate(self.window.window_frames[sample]):
                 rules = self.rules
-                at = rules.memory_position(frame) if frame in memory else rules.position(frame, self.start, n)
+                at = (rules.memory_position if frame in memory else rules.position)(frame, self.start, n)
+                at -= rules.moved(self.start, n)  # where the package counts from
                 k, v = self.sim.pages[layer, sample, frame]
                 assert error_of(pool[layer, 0, sample, slot], rotate(k, at, self.grid)) <= TOLERANCE[self.dtype]
                 assert torch.equal(pool[layer, 1, sample, slot].double(), v)

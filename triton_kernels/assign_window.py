@@ -43,10 +43,13 @@ def _window_slot(frame, sink, local):
 
 
 @triton.jit
-def _position(frame, newest, window, sink, ABSOLUTE: tl.constexpr):
+def _position(frame, newest, window, sink, top_k, RULE: tl.constexpr):
     """`config.temporal_position` of sink and local frames."""
-    if ABSOLUTE:
+    if RULE == "absolute":
         return frame
+    if RULE == "before_window":
+        oldest = tl.maximum(sink, newest + 1 - (window - sink - top_k))
+        return tl.where(frame < sink, frame, tl.maximum(sink, tl.minimum(top_k, 1)) + frame - oldest)
     return tl.where((newest < window) | (frame < sink), frame, window - 1 - (newest - frame))
 
 
@@ -136,7 +139,7 @@ def assign_window_kernel(
     stride_fb,
     stride_ff,
     SELECT: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
+    RULE: tl.constexpr,
     BW: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
@@ -151,7 +154,7 @@ def assign_window_kernel(
     b_slot = _window_slot(b_own, sink, local)  # [BN]
     m_n = o_n < frames
     m_slot = m_n & (b_slot >= 0)
-    b_at = _position(b_own, newest, window, sink, ABSOLUTE)  # [BN]
+    b_at = _position(b_own, newest, window, sink, top_k, RULE)  # [BN]
     ok = start >= 0
 
     # Sink and local part after the step: the newest frame that belongs in each slot, -1 in slots not reached yet.
@@ -159,7 +162,7 @@ def assign_window_kernel(
     b_kept = tl.where(o_w < sink, o_w, b_ring)
     b_first = tl.minimum(o_w, sink)
     b_kept = tl.where((o_w < fixed) & (newest >= b_first) & (b_kept >= b_first), b_kept, -1)
-    b_kept_at = tl.where(b_kept >= 0, _position(b_kept, newest, window, sink, ABSOLUTE), -1)  # [BW]
+    b_kept_at = tl.where(b_kept >= 0, _position(b_kept, newest, window, sink, top_k, RULE), -1)  # [BW]
 
     for i_b in range(samples):
         b = tl.cast(i_b, tl.int64)
@@ -187,7 +190,7 @@ def assign_window_kernel(
             p_rank = p_chosen + b * stride_cb + o_k.to(tl.int64) * stride_ck
             b_chosen = tl.load(p_rank, o_k < top_k, other=-1)
             b_memory, fits = _assign_memory(b_old, b_chosen, top_k, BK)  # [BK]
-            b_memory_at = b_memory if ABSOLUTE else tl.where(b_memory >= 0, 0, -1).to(tl.int64)
+            b_memory_at = b_memory if RULE == "absolute" else tl.where(b_memory >= 0, 0, -1).to(tl.int64)
             m_arrives = (b_memory >= 0) & (b_memory != b_old)
             p_page = p_frame_slot + b * stride_fb + b_memory * stride_ff
             b_page = tl.load(p_page, m_arrives & (b_memory < pages), other=-1)
@@ -288,7 +291,7 @@ def assign_window(
         *((0, 0) if chosen is None else chosen.stride()),
         *frame_slot.stride(),
         SELECT=chosen is not None,
-        ABSOLUTE=position_rule == "absolute",
+        RULE=position_rule,
         BW=blocks[0],
         BK=blocks[1],
         BN=blocks[2],

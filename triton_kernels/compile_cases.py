@@ -269,6 +269,7 @@ CASES: tuple[Case, ...] = (
     _assign(WINDOW, 6),
     _assign(WINDOW, 6, select=False),
     _assign(WINDOW, 6, rule="absolute"),
+    _assign(WINDOW, 6, rule="before_window"),
     _assign(240, 64),
     _write(),
     _write(norm=False),

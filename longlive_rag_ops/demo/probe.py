@@ -56,7 +56,7 @@ class Probe:
 
     def _position(self, frame: int, start: int, frames: int) -> int:
         c = self.config
-        return temporal_position(frame, start, frames, c.window, c.sink, c.position_rule)
+        return temporal_position(frame, start, frames, c.window, c.sink, c.top_k, c.position_rule)
 
     @torch.no_grad()
     def measure(self, queries: Sequence[torch.Tensor], start: int) -> Masses:
@@ -98,7 +98,7 @@ class Probe:
         # The frames that a sliding window of W frames would hold besides those held in place already.
         if not max(c.sink, start + frames - (c.window - c.sink)) <= frame < start:
             return placed, placed
-        position = self._position(frame, start, frames)
+        position = self._position(frame, start, frames)  # before_window: negative ahead of its local part
         zero = torch.zeros(1, 1, dtype=torch.int64)
         parts = []
         for layer, q in enumerate(queries):

@@ -65,7 +65,10 @@ def retrieve_attend(
         place: True on a block's first forward in each layer; on a later one True only costs the copies again.
         count: occupied slots, when the caller knows them to be the same in every sample; saves reading the state.
         scale, return_lse: as in ``window_attend``.
-        position_rule: ``slot`` or ``absolute``, see `WindowConfig`.
+        position_rule: ``slot``, ``absolute`` or ``before_window``, see `WindowConfig`. The last puts sink and memory
+            right before the local part, as Rolling-Forcing and SANA-WM do, but counted from the sink: attention depends
+            on differences of positions alone, and so ``rope`` needs no more than ``W`` rows, however long the video
+            (beside what ``grid`` needs).
         index_normalized: the index's rows already have unit length.
         index_scale, min_score, diversity: as in ``topk_retrieve``.
 
