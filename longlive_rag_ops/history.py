@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from .config import WindowConfig, candidate_end, check_int, window_slot
-from .index import FrameIndex
+from .index import FrameIndex, unit_query
 from .modes import normal_tensors
 from .pool import HistoryPool
+from .transfer import HostCopy
 
 
 def least_history(config: WindowConfig, batch: int) -> int:
@@ -87,6 +88,29 @@ class FrameHistory:
     def settle(self, state: torch.Tensor) -> None:
         """Leaves frames out of the choice whose pages cannot be had, before a block follows on ``state``."""
 
+    def replace(self, layer: int, frames: range, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes a layer's new pages of finished frames, canonical, ``(B, n, T, Hkv, D)`` each; see `replaced`.
+
+        Frames that the history does not have are passed over.
+        """
+        raise NotImplementedError
+
+    def replaced(self) -> None:
+        """All layers were given to `replace`: the pages are a new generation, older copies are gone."""
+
+    def forget(self, before: int) -> list[int]:
+        """Gives up the frames from the sink to ``before``, leaves them out of the choice, and returns them."""
+        raise NotImplementedError
+
+    def _leave_out(self, frames: set[int]) -> None:
+        """Takes frames out of the choice; those behind them move up."""
+        for sample, row in enumerate(self.chosen.tolist()):
+            kept = [rank for rank, frame in enumerate(row) if frame >= 0 and frame not in frames]
+            spare = len(row) - len(kept)
+            self.chosen[sample] = torch.tensor([row[rank] for rank in kept] + [-1] * spare)
+            scores = self.scores[sample, kept]
+            self.scores[sample] = torch.cat([scores, scores.new_full((spare,), -torch.inf)])
+
     def wait(self, layer: int) -> None:
         """Makes the current stream wait until a layer's window slots may be written and its history slots read."""
 
@@ -162,6 +186,7 @@ class ResidentHistory(FrameHistory):
         self.pool.clear()
         self.index: FrameIndex | None = None
         self._forgotten = self._non_finite = 0
+        self._search: tuple[int, HostCopy, HostCopy] | None = None
         self._pinned: set[int] = set()
 
     @property
@@ -172,9 +197,40 @@ class ResidentHistory(FrameHistory):
     def embedding_dim(self) -> int | None:
         return None if self.index is None else self.index.embedding_dim
 
+    @normal_tensors
+    def search(self, start: int, newest: torch.Tensor) -> None:
+        """The block before ``start`` need not be in the index: none of its frames can be retrieved yet.
+
+        A bounded history then spares what was found; without it, room is made for the block before `choose` searches.
+        """
+        index = self.index
+        self._find(start, unit_query(newest if index is None else newest.to(index.embeddings.dtype)))
+
+    def _find(self, start: int, query: torch.Tensor) -> None:
+        """Searches by a unit embedding ``(B, E)``; the host does not wait."""
+        index = self.index
+        if index is None:  # so that a first block is searched for like any other
+            index = FrameIndex(self.samples, query.shape[1], query.dtype, self.pool.pages.device)
+        chosen, scores = torch.ops.longlive.topk_retrieve(
+            query,
+            index.embeddings,
+            index.ids,
+            index.length,
+            index.length.new_full((1,), candidate_end(start, self.config.window, self.config.sink)),
+            self.config.top_k,
+            normalized=True,
+            **search_options(self.config, self.engine),
+        )
+        self._search = start, HostCopy(chosen), HostCopy(scores)
+
     def add(self, start: int, embeddings: torch.Tensor, staging: torch.Tensor) -> None:
         sink, end = self.config.sink, start + embeddings.shape[1]
         kept = range(max(sink, start), max(sink, end))  # sink frames are never retrieved
+        if self._search is not None and self._search[0] == end:
+            # What a search before this has found must not be given up for this block's pages.
+            self._pin(chosen_frames(self._search[1].get()) | set(recent_frames(self.config, end)))
+        else:
+            self._search = None
         forgotten = self.pool.reserve(kept)
         if self.index is None:
             self.index = FrameIndex(self.samples, embeddings.shape[2], embeddings.dtype, self.pool.pages.device)
@@ -187,22 +243,36 @@ class ResidentHistory(FrameHistory):
 
     @normal_tensors
     def choose(self, start: int, state: torch.Tensor) -> None:
-        index = self.index
-        if index is None:
-            raise RuntimeError("choose must follow add, got an empty history")
-        end = candidate_end(start, self.config.window, self.config.sink)
-        chosen, scores = torch.ops.longlive.topk_retrieve(
-            index.embedding(start - 1),
-            index.embeddings,
-            index.ids,
-            index.length,
-            index.length.new_tensor([end]),
-            self.config.top_k,
-            normalized=True,
-            **search_options(self.config, self.engine),
-        )
-        self.chosen, self.scores = chosen.cpu(), scores.cpu()
-        self._pin(chosen_frames(self.chosen), recent_frames(self.config, start))
+        if self._search is None or self._search[0] != start:
+            if self.index is None:
+                raise RuntimeError("choose must follow add, got an empty history")
+            self._find(start, self.index.embedding(start - 1))
+        assert self._search is not None
+        _, chosen, scores = self._search
+        self.chosen, self.scores = chosen.get().clone(), scores.get().clone()
+        chosen_now = chosen_frames(self.chosen)
+        self._pin(chosen_now | set(recent_frames(self.config, start)))
+        for frame in sorted(chosen_now):
+            self.pool.table.touch(frame)
+        self._search = None
+
+    def replace(self, layer: int, frames: range, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for i, frame in enumerate(frames):
+            slot = self.slot(frame)
+            if slot >= 0:
+                self.pool.pages[layer, 0, :, slot] = keys[:, i]
+                self.pool.pages[layer, 1, :, slot] = values[:, i]
+
+    def forget(self, before: int) -> list[int]:
+        frames = {frame for frame in self.pool.table.frames() if self.config.sink <= frame < before}
+        self._leave_out(frames)
+        self._pin(self._pinned - frames)
+        for frame in sorted(frames):
+            self.pool.table.release(frame)
+            if self.index is not None:
+                self.index.remove(frame)
+        self._forgotten += len(frames)
+        return sorted(frames)
 
     def slot(self, frame: int) -> int:
         return self.pool.table.lookup(frame)
@@ -227,11 +297,9 @@ class ResidentHistory(FrameHistory):
             "index": 0 if self.index is None else self.index.nbytes,
         }
 
-    def _pin(self, chosen: set[int], recent: range) -> None:
-        table = self.pool.table
-        self._pinned = replace_pins(self._pinned, chosen | set(recent), table.pin, table.unpin)
-        for frame in sorted(chosen):
-            table.touch(frame)
+    def _pin(self, frames: set[int]) -> None:
+        there = {frame for frame in frames if frame in self.pool.table}  # recent frames may have been given up
+        self._pinned = replace_pins(self._pinned, there, self.pool.table.pin, self.pool.table.unpin)
 
 
 def chosen_frames(chosen: torch.Tensor) -> set[int]:

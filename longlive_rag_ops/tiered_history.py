@@ -8,7 +8,6 @@ import torch
 
 from .assignment import memory_arrivals
 from .bank import BankConfig, MemoryBank
-from .bank.host_copy import HostCopy
 from .bank.limits import slots_within
 from .bank.page_format import PageFormat
 from .config import WindowConfig, candidate_end, check_int
@@ -24,6 +23,7 @@ from .history import (
 from .index import unit_query
 from .modes import normal_tensors
 from .pool import empty_pages
+from .transfer import HostCopy
 
 
 class TieredHistory(FrameHistory):
@@ -105,6 +105,7 @@ class TieredHistory(FrameHistory):
         self._search: tuple[int, HostCopy, HostCopy] | None = None
         self._fetched: set[int] = set()
         self._pinned: set[int] = set()
+        self._renewed: tuple[range, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def embedding_dim(self) -> int | None:
@@ -161,6 +162,39 @@ class TieredHistory(FrameHistory):
                 return
             self._fetch(missing)
 
+    @normal_tensors
+    def replace(self, layer: int, frames: range, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self._renewed is None or self._renewed[0] != frames:
+            shape = (self._pages.shape[0], *keys.shape)
+            self._renewed = frames, keys.new_empty(shape), values.new_empty(shape)
+        _, all_keys, all_values = self._renewed
+        all_keys[layer], all_values[layer] = keys, values
+
+    def replaced(self) -> None:
+        if self._renewed is None:
+            return
+        frames, keys, values = self._renewed
+        there = [i for i, frame in enumerate(frames) if frame in self.bank]
+        for first in range(0, len(there), self.config.frames_per_block):
+            part = there[first : first + self.config.frames_per_block]
+            self.bank.commit(
+                [frames[i] for i in part],
+                [keys[:, :, i] for i in part],
+                [values[:, :, i] for i in part],
+                replace=True,
+            )
+        self._fetched -= set(frames)
+        self._renewed = None
+
+    def forget(self, before: int) -> list[int]:
+        frames = {frame for frame in self.bank.frames() if self.config.sink <= frame < before}
+        self._leave_out(frames)
+        self._pin(self._pinned - frames)
+        self.bank.release(sorted(self._fetched & frames))
+        self._fetched -= frames
+        self.bank.forget(sorted(frames))
+        return sorted(frames)
+
     def wait(self, layer: int) -> None:
         self.bank.wait(layer)
 
@@ -206,12 +240,3 @@ class TieredHistory(FrameHistory):
 
     def _pin(self, frames: set[int]) -> None:
         self._pinned = replace_pins(self._pinned, frames, self.bank.pin, self.bank.unpin)
-
-    def _leave_out(self, lost: set[int]) -> None:
-        """Takes frames out of the choice; those behind them move up."""
-        for sample, row in enumerate(self.chosen.tolist()):
-            kept = [rank for rank, frame in enumerate(row) if frame >= 0 and frame not in lost]
-            spare = len(row) - len(kept)
-            self.chosen[sample] = torch.tensor([row[rank] for rank in kept] + [-1] * spare)
-            scores = self.scores[sample, kept]
-            self.scores[sample] = torch.cat([scores, scores.new_full((spare,), -torch.inf)])

@@ -16,7 +16,9 @@ from .history import FrameHistory, ResidentHistory, check_history_slots
 from .modes import normal_tensors
 from .ops.checks import FLOATS, check, check_rotary
 from .pool import HistoryPool
+from .recache import Recache
 from .rotary import check_split, default_split, rotary_table
+from .window_pieces import WindowPieces
 
 if TYPE_CHECKING:
     from .bank import BankConfig, MemoryBank
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 FIRST_POSITIONS = 1024  # rows of the rotary table before any frame asks for more
 
 
-class MemoryWindow:
+class MemoryWindow(WindowPieces):
     """Attention over ``[sink | retrieved memory | local window]`` for a batch of videos, block by block.
 
     Every block is one or more forwards, each calling `attend` in every layer with the same ``start_frame``; each
@@ -139,6 +141,8 @@ class MemoryWindow:
         self._grid: list[int] | None = None  # of the video's first call
         self._blocks = BlockSequence(self.layers, self.config.frames_per_block)
         self._last_plan = empty_window_state(self.batch, self.config.window)
+        self._recache: Recache | None = None
+        self._rewritten: set[range] = set()
         self._counters = dict.fromkeys(
             (
                 "blocks",
@@ -146,6 +150,7 @@ class MemoryWindow:
                 "selected_frames",
                 "repeated_frames",
                 "placed_pages",
+                "recached_frames",
             ),
             0,
         )
@@ -300,6 +305,9 @@ class MemoryWindow:
         """
         block = self._blocks.finishable(start_frame)
         began = time.perf_counter()
+        if self._rewritten:
+            self._history.replaced()
+            self._rewritten = set()
         if self.config.top_k > 0 and not block.remembered:
             if block.embeddings is None:
                 checked = self._check_embeddings(embeddings, block)
@@ -328,6 +336,18 @@ class MemoryWindow:
     def bank(self) -> MemoryBank | None:
         """The memory bank that keeps the history; None without one."""
         return getattr(self._history, "bank", None)
+
+    @property
+    def block_is_whole(self) -> bool:
+        """Whether every layer has attended to the open block, so that it could be finished."""
+        block = self._blocks.open
+        return block is not None and len(block.layers) == self.layers
+
+    @property
+    def searched(self) -> bool:
+        """Whether `retrieve` has been given the open block's embeddings."""
+        block = self._blocks.open
+        return block is not None and block.embeddings is not None
 
     @property
     def selected(self) -> list[list[int]]:
@@ -369,7 +389,8 @@ class MemoryWindow:
         """Counters since `reset`; ``bytes`` held by each part; host ``seconds`` spent in retrieval and commits.
 
         ``selected_frames`` counts retrieved frames over blocks and samples, ``repeated_frames`` those among them that
-        the window already held, ``placed_pages`` the page copies into window slots of each layer.
+        the window already held, ``placed_pages`` the page copies into window slots of each layer, ``recached_frames``
+        those that `recache` has encoded again.
         """
         window = self._history.pages[:, :, :, : self.config.window]
         return {
@@ -394,6 +415,8 @@ class MemoryWindow:
     @normal_tensors
     def _block_at(self, start_frame: int, frames: int) -> Block:
         """The open block, or the next one, which only `_begin` opens: until then a rejected call leaves no trace."""
+        if self._recache is not None:
+            raise RuntimeError(f"finish_recache({self._recache.start}) must come before start_frame {start_frame}")
         block = self._blocks.find(start_frame, frames)
         if block is not None:
             return block

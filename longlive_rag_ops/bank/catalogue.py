@@ -10,7 +10,7 @@ import torch
 from ..config import check_int
 from ..index import FrameIndex
 from ..ops.checks import FLOATS, check
-from .host_copy import HostCopy
+from ..transfer import HostCopy
 from .policies import make_policy
 
 MOST_UNCOUNTED = 8  # searches; older ones have long been done, so that counting them waits for nothing

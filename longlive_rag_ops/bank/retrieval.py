@@ -10,10 +10,10 @@ from ..config import check_int
 from ..index import FrameIndex
 from ..modes import normal_tensors
 from ..ops.checks import FLOATS, LARGEST_FRAME, check
+from ..transfer import HostCopy
 from .catalogue import take_back
 from .contents import BankContents, Lost
 from .errors import core_errors
-from .host_copy import HostCopy
 
 
 class BankRetrieval(BankContents):

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..transfer import HostCopy
 from .faults import callers_level
-from .host_copy import HostCopy
 
 MOST_ENTRIES = 10_000  # kept in memory: two hours of video, some tens of megabytes
 

@@ -1,0 +1,342 @@
+"""What a window does besides attending to a block: its single steps, and finished frames that are encoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from .assignment import FRAME, POSITION, SOURCE, STAGED
+from .blocks import Block, BlockSequence
+from .config import WindowConfig, check_int, local_frames, window_slot
+from .history import FrameHistory
+from .modes import normal_tensors
+from .recache import Recache, plan_recache
+from .transfer import device_copy, device_numbers
+
+PARTS = ("sink", "local", "memory")
+
+
+class WindowPieces:
+    """The part of `MemoryWindow` for backbones whose attention is not one plain call of the op."""
+
+    config: WindowConfig
+    layers: int
+    batch: int
+    tokens_per_frame: int
+    engine: str
+    rope: torch.Tensor
+    rope_split: list[int]
+    device: torch.device
+    _history: FrameHistory
+    _blocks: BlockSequence
+    _staging: torch.Tensor
+    _last_plan: torch.Tensor
+    _window_slots: torch.Tensor
+    _recache: Recache | None
+    _rewritten: set[range]
+    _counters: dict[str, int]
+
+    def write(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start_frame: int,
+        grid: Sequence[int],
+        *,
+        canonical: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The first half of `attend`: places and writes the block's pages in one layer, without attention.
+
+        Args:
+            layer, q, k, v, start_frame, grid: as in `attend`.
+            canonical: ``(B, n*T, Hkv, D)``, keys that the history keeps instead of ``k`` at temporal position 0. For
+                backbones that rotate by rules of their own: such a window gets ``q`` and ``k`` as they are to be
+                attended, and a rotary table that turns nothing.
+
+        Returns:
+            Rotated queries ``(B, n*T, Hq, D)``, for `attend_written`.
+
+        Raises:
+            As `attend`.
+        """
+        grid = self._checked_grid(grid)
+        block = self._block_at(start_frame, self._frames_of(q))
+        arguments = self._arguments(block, layer, grid, place=layer not in block.placed)
+        pool_layer, staging, rope, split = (arguments[name] for name in ("pool_layer", "staging", "rope", "rope_split"))
+        if arguments["place"] and block.placements:
+            state = block.state
+            for row, pages in ((SOURCE, None), (STAGED, staging)):
+                torch.ops.longlive.place_frames(
+                    pool_layer,
+                    self._window_slots,
+                    state[:, row],
+                    state[:, POSITION],
+                    rope,
+                    split,
+                    k_pages=pages,
+                    engine=self.engine,
+                )
+        frames = range(block.start, block.end)
+        slots = [window_slot(frame, self.config.sink, self.config.local) for frame in frames]
+        rows = [frame % self.config.staging_rows for frame in frames]
+        rotated = torch.ops.longlive.write_frames(
+            q,
+            k,
+            v,
+            pool_layer,
+            staging,
+            device_numbers(slots, self.device),
+            device_numbers(rows, self.device),
+            device_numbers(block.plan[0, POSITION, slots].tolist(), self.device),
+            rope,
+            split,
+            grid,
+            engine=self.engine,
+        )
+        if canonical is not None:
+            for row, page in zip(rows, canonical.unflatten(1, (len(rows), -1)).unbind(1), strict=True):
+                staging[:, row] = page
+        self._begin(block, layer, grid)
+        block.placed.add(layer)
+        return rotated
+
+    def attend_written(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        *,
+        parts: Collection[str] = PARTS,
+        exclude: Collection[int] = (),
+        scale: float | None = None,
+        return_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second half of `attend`: queries over the block's window, or a part of it.
+
+        Args:
+            layer: one in which the block was written.
+            q: ``(B, S, Hq, D)`` as `write` returned them, or turned by the caller.
+            parts: which of ``sink``, ``local``, ``memory`` are attended to. Parts joined by
+                ``torch.ops.longlive.merge_attention`` make the whole.
+            exclude: frames of the sink and local part that are not attended to.
+
+        Returns:
+            out ``(B, S, Hq, D)``, lse ``(B, Hq, S)`` or ``(0,)``, as ``window_attend``.
+
+        Raises:
+            RuntimeError: no block is open, or it was not written in this layer. ValueError: no such part.
+        """
+        block = self._blocks.open
+        if block is None or layer not in block.layers:
+            raise RuntimeError(f"write must come first: layer {layer} has written no block")
+        unknown = set(parts) - set(PARTS)
+        if unknown:
+            raise ValueError(f"parts must be of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+        table = self._part_slots(block, parts, exclude)
+        pool_layer = self._history.pages[layer]
+        return torch.ops.longlive.window_attend(
+            q, pool_layer, device_copy(table, self.device), scale=scale, return_lse=return_lse, engine=self.engine
+        )
+
+    def rewrite(self, layer: int, k: torch.Tensor, v: torch.Tensor, start_frame: int, grid: Sequence[int]) -> None:
+        """Replaces pages of finished frames that are still in the local part, in one layer.
+
+        For backbones that encode the frames of earlier blocks again with every block. All layers must be given; with
+        the next `finish` the pages are a new generation.
+
+        Args:
+            layer: ``0 .. layers-1``.
+            k, v: ``(B, m*T, Hkv, D)``, before rotation.
+            start_frame: first of the ``m`` frames.
+            grid: as in `attend`.
+
+        Raises:
+            RuntimeError: a frame is not in the local part, or not finished.
+            TypeError, ValueError: a shape, dtype, device or size is not allowed.
+        """
+        grid = self._checked_grid(grid)
+        check_int("layer", layer, 0, self.layers - 1)
+        count = self._frames_of(k)
+        block, plan = self._blocks.open, self._last_plan
+        finished = self._blocks.expected
+        if block is not None:
+            plan, finished = block.plan, block.start
+        frames = range(check_int("start_frame", start_frame, 0), start_frame + count)
+        slots = [window_slot(frame, self.config.sink, self.config.local) for frame in frames]
+        held = plan[0, FRAME, slots].tolist()
+        if frames.stop > finished or held != list(frames):
+            local = local_frames(finished, 0, self.config.sink, self.config.local)
+            raise RuntimeError(
+                f"start_frame and k must name finished frames of the local part, of {list(local)}, got {list(frames)}"
+            )
+        positions = plan[0, POSITION, slots].tolist()
+        self._renew(layer, k, k, v, frames, slots, [f % self.config.staging_rows for f in frames], positions, grid)
+        self._rewritten.add(frames)
+
+    def recache(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start_frame: int,
+        grid: Sequence[int],
+        *,
+        renew_sink: bool = False,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Attention of a forward that encodes finished frames once more, as after a change of prompt; no block is open.
+
+        Memory is off: the frames attend to the sink and to each other. When all layers have attended,
+        `finish_recache` makes their pages a new generation. A forward that does not end at the newest finished frame
+        changes the history only: the newest frames must be cached again after it, before the next block.
+
+        Args:
+            layer, q, k, v, grid: as in `attend`; of ``m <= window`` frames.
+            start_frame: first of them.
+            renew_sink: the first ``sink`` of the frames become the window's sink.
+            scale: of the logits; ``D ** -0.5`` when not given.
+
+        Returns:
+            ``(B, m*T, Hq, D)``.
+
+        Raises:
+            RuntimeError: a block is open, or another range of frames is being cached again.
+            TypeError, ValueError: frames that are not finished, more than the window holds, or as for `attend`.
+        """
+        grid = self._checked_grid(grid)
+        check_int("layer", layer, 0, self.layers - 1)
+        count = self._frames_of(q)
+        plan = self._recache
+        if plan is None or (plan.start, plan.frames) != (start_frame, count):
+            if plan is not None:
+                raise RuntimeError(
+                    f"start_frame must be {plan.start} with {plan.frames} frames until finish_recache({plan.start}), "
+                    f"got {start_frame} with {count}"
+                )
+            if self._blocks.open is not None:
+                raise RuntimeError(
+                    f"finish({self._blocks.open.start}, ...) must come before recache, the block is open"
+                )
+            finished = self._blocks.expected
+            plan = plan_recache(self._last_plan, start_frame, count, finished, self.config, renew_sink)
+        if layer not in plan.layers:
+            self._history.wait(layer)
+        rotated = self._renew(layer, q, k, v, plan.numbers, plan.slots, plan.staging_rows, plan.positions, grid)
+        self._recache = plan
+        plan.layers.add(layer)
+        table = None
+        if plan.run is None:
+            table = device_numbers(plan.attended, self.device).expand(self.batch, -1)
+        out, _ = torch.ops.longlive.window_attend(
+            rotated, self._history.pages[layer], table, run=plan.run, scale=scale, engine=self.engine
+        )
+        return out
+
+    def finish_recache(self, start_frame: int) -> None:
+        """Makes the pages that `recache` wrote a new generation, in every tier; embeddings stay.
+
+        Raises:
+            RuntimeError: no such forward has begun, or a layer has not attended.
+        """
+        plan = self._recache
+        if plan is None or plan.start != start_frame:
+            raise RuntimeError(f"start_frame {start_frame} cannot be finished: recache has not begun there")
+        missing = sorted(set(range(self.layers)) - plan.layers)
+        if missing:
+            raise RuntimeError(f"frames {plan.numbers} cannot be finished: layers {missing} have not attended")
+        self._history.replaced()
+        self._last_plan, self._recache = plan.state, None
+        self._counters["recached_frames"] += plan.frames
+
+    def forget(self, before: int) -> list[int]:
+        """Gives up history: frames below ``before``, sink frames excepted, are in no tier and no search any more.
+
+        Args:
+            before: the oldest frame that is kept.
+
+        Returns:
+            The frames that were given up.
+
+        Raises:
+            RuntimeError: a block is open; its window holds what was chosen before.
+        """
+        check_int("before", before, 0)
+        if self._blocks.open is not None:
+            raise RuntimeError(f"finish({self._blocks.open.start}, ...) must come before forget, the block is open")
+        return self._history.forget(before)
+
+    @normal_tensors
+    def _renew(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        frames: range,
+        slots: list[int],
+        staging_rows: list[int],
+        positions: list[int],
+        grid: list[int],
+    ) -> torch.Tensor:
+        """Writes finished frames' pages into window slots, staging buffer and history; returns rotated queries."""
+        self._extend_rope(max(*grid, *(position + 1 for position in positions)))
+        pages = self._history.pages
+        canonical = pages.new_empty(self.batch, len(frames), *pages.shape[4:])
+        rotated = torch.ops.longlive.write_frames(
+            q,
+            k,
+            v,
+            pages[layer],
+            canonical,
+            device_numbers(slots, self.device),
+            device_numbers(range(len(frames)), self.device),
+            device_numbers(positions, self.device),
+            self.rope,
+            self.rope_split,
+            grid,
+            engine=self.engine,
+        )
+        for i, row in enumerate(staging_rows):
+            if row >= 0:
+                self._staging[layer, :, row] = canonical[:, i]
+        self._history.replace(layer, frames, canonical, v.unflatten(1, (len(frames), -1)))
+        return rotated
+
+    def _part_slots(self, block: Block, parts: Collection[str], exclude: Collection[int]) -> torch.Tensor:
+        """``(B, W)`` on the host: the slots of the parts that hold a frame, the others -1."""
+        config = self.config
+        slot = torch.arange(config.window)
+        memory = config.window - config.top_k
+        of_part = {
+            "sink": slot < config.sink,
+            "local": (slot >= config.sink) & (slot < memory),
+            "memory": slot >= memory,
+        }
+        wanted = torch.zeros_like(slot, dtype=torch.bool)
+        for part in parts:
+            wanted |= of_part[part]
+        frames = block.plan[:, FRAME]
+        left_out = torch.isin(frames, torch.tensor(sorted(exclude), dtype=torch.int64)) & (slot < memory)
+        return torch.where((frames >= 0) & wanted & ~left_out, slot, -1)
+
+    def _checked_grid(self, grid: Sequence[int]) -> list[int]:
+        raise NotImplementedError
+
+    def _frames_of(self, q: torch.Tensor) -> int:
+        raise NotImplementedError
+
+    def _block_at(self, start_frame: int, frames: int) -> Block:
+        raise NotImplementedError
+
+    def _begin(self, block: Block, layer: int, grid: list[int]) -> None:
+        raise NotImplementedError
+
+    def _arguments(self, block: Block, layer: int, grid: list[int], place: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _extend_rope(self, positions: int) -> None:
+        raise NotImplementedError
