@@ -13,6 +13,8 @@ from .window import MemoryWindow
 
 if TYPE_CHECKING:
     from .bank import BankConfig, BankFull, DamagedPage, MemoryBank, PageFormat
+    from .patch import patched, register_adapter
+    from .retrieval_attention import RetrievalAttention
 
 __all__ = [
     "BankConfig",
@@ -21,18 +23,29 @@ __all__ = [
     "MemoryBank",
     "MemoryWindow",
     "PageFormat",
+    "RetrievalAttention",
     "WindowConfig",
     "__version__",
     "ops",
+    "patch",
+    "patched",
+    "register_adapter",
 ]
+
+_LATER = {
+    **dict.fromkeys(("BankConfig", "BankFull", "DamagedPage", "MemoryBank", "PageFormat"), ".bank"),
+    **dict.fromkeys(("patched", "register_adapter"), ".patch"),
+    "RetrievalAttention": ".retrieval_attention",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The memory bank's names, which are imported when they are asked for."""
-    if name != "bank" and name not in __all__:
+    """Names whose modules are imported when they are asked for."""
+    if name in ("bank", "patch"):  # the latter package can be called
+        return import_module(f".{name}", __name__)
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    bank = import_module(".bank", __name__)
-    return bank if name == "bank" else getattr(bank, name)
+    return getattr(import_module(_LATER[name], __name__), name)
 
 
 def __dir__() -> list[str]:

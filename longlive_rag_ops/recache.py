@@ -55,7 +55,7 @@ def plan_recache(
 
     Sink frames among them stay sink frames. Of the others the newest ``window - sink`` are in the window, the newest
     ``local`` of these in their own slots, older ones where memory was. Under rule ``slot`` they sit at ``W-m .. W-1``
-    once the window is full.
+    once the window is full; those that become the sink at ``0 .. S-1``, as every sink.
 
     Args:
         state: ``(B, 4, W)`` int64 on the host, of the last block; not changed.
@@ -63,7 +63,7 @@ def plan_recache(
         renew_sink: the first ``sink`` frames that are encoded become the window's sink.
 
     Raises:
-        ValueError: frames that are not finished, or more than the window holds, or no room for a new sink.
+        ValueError: frames that are not finished, or more than the window holds, or that cannot become the sink.
     """
     check_int("start_frame", start_frame, 0)
     check_int("frames to cache again", frames, 1)
@@ -82,9 +82,16 @@ def plan_recache(
             f"renew_sink must leave the old sink: start_frame must be 0 or at least {sink} and q hold at least {sink} "
             f"frames, got start_frame {start_frame} and {frames} frames"
         )
+    oldest_local = finished + 1 - local  # that the next block may attend to; a frame has one page in the window
+    if renewed and renewed.stop > oldest_local:
+        raise ValueError(
+            f"renew_sink must take frames that have left the local part: start_frame must be 0 or at most "
+            f"{oldest_local - sink}, got {start_frame}"
+        )
     numbers = range(start_frame, end)
     kept = [frame for frame in numbers if frame >= sink and frame not in renewed][-(window - sink) :]
     own = set(kept[-local:])
+    newest = own if end == finished else set()  # others have no part in the next block's window
     spare = iter(range(window - config.top_k, window))
     slots, positions, rows = [], [], []
     for frame in numbers:
@@ -95,9 +102,11 @@ def plan_recache(
         else:
             slot = next(spare) if frame in kept else -1
         slots.append(slot)
-        # Memory has no part in this window: top_k is 0.
-        positions.append(temporal_position(frame, start_frame, frames, window, sink, 0, config.position_rule))
-        rows.append(frame % config.staging_rows if frame in own else -1)
+        # Who becomes the sink sits where later blocks have it. Memory has no part in this window: top_k is 0.
+        role = slot if frame in renewed and config.position_rule != "absolute" else frame
+        positions.append(temporal_position(role, start_frame, frames, window, sink, 0, config.position_rule))
+        # A row that an older frame wrote would be a local frame's, which the next block may place anew.
+        rows.append(frame % config.staging_rows if frame in newest else -1)
     attended = sorted({*range(min(sink, end)), *(slot for slot in slots if slot >= 0)})
     return Recache(
         start_frame,
@@ -106,7 +115,7 @@ def plan_recache(
         positions,
         rows,
         attended,
-        _state_after(state, numbers, slots, positions, own if end == finished else set(), config),
+        _state_after(state, numbers, slots, positions, newest, config),
     )
 
 
