@@ -6,15 +6,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from toy_wan import Pipeline, ToyWan
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_example_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patching, *blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3 and "torch.ops.longlive.retrieve_attend" in blocks[0]
-    scope: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    pipeline = Pipeline(ToyWan(), frames=12)
+    monkeypatch.setattr(pipeline, "inference", lambda noise, prompts: pipeline.run(16), raising=False)
+    scope: dict[str, Any] = {"pipeline": pipeline, "noise": None, "prompts": None}
+    exec(patching, scope)
+    assert scope["video"].shape[2] == 32 and (tmp_path / "retrieved.png").stat().st_size > 5000
+
+    scope = {}
     torch.manual_seed(0)
     exec("".join(blocks[:2]), scope)
     assert len(scope["memory"].selected[0]) == 6

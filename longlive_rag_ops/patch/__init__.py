@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..embedder import Embedder, find_embedder
 from .adapter import Adapter, Call, OwnWindow
 from .clip import Clip, Forward
-from .families import UnknownBackbone, families, find_backbone, register_adapter
 from .handle import Handle
+from .registry import UnknownBackbone, families, find_backbone, register_adapter
 from .settings import Settings
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from .adapter import Call, lacking
+from .adapter import Call, OwnWindow, lacking
 from .wan import WanAdapter, with_counters
 
 
@@ -22,15 +22,14 @@ class LongLive2Wan(WanAdapter):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         call = super().call(args, kwargs)
-        if call is not None:
-            if call.cache[0].get("quantized", False):
-                raise ValueError("kv_cache must hold bf16 keys and values, got an NVFP4 cache: use storage= of a bank")
-            global_sink = getattr(cast(Any, self.layers()[0]), "global_sink_size", 0)
-            if global_sink:
-                raise ValueError(
-                    f"global_sink_size must be 0 in a patched LongLive 2.0 model, whose sink is sink_size; got {global_sink}"
-                )
+        if call is not None and call.cache[0].get("quantized", False):
+            raise ValueError("kv_cache must hold bf16 keys and values, got an NVFP4 cache: use storage= of a bank")
         return call
+
+    def bounded_window(self, held: int, attended: int, sink: int) -> OwnWindow:
+        # Its global sink and its shots' sink lie over each other until a shot is pinned.
+        everywhere = getattr(cast(Any, self.layers()[0]), "global_sink_size", 0)
+        return super().bounded_window(held, attended, max(sink, everywhere))
 
     def returned(self, x: torch.Tensor, forward: Any) -> Any:
         return with_counters(x, forward)

@@ -46,17 +46,20 @@ class CacheWatch:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, str], tuple[Any, Any]] = {}
+        self._values: dict[int, tuple[int, int]] = {}
 
     def is_fresh(self, cache: Cache) -> bool:
         """Whether a cache is that of a video that has not begun."""
         return not any(name in cache and int(cache[name]) for name in COUNTERS)
 
     def advance(self, caches: Sequence[Cache], global_end: int, local_end: int) -> None:
-        """Sets the counters, in tokens, and remembers them."""
-        for cache in caches:
-            for name, value in zip(COUNTERS, (global_end, local_end), strict=True):
-                _set(cache, name, value)
-        first = caches[0]
+        """Sets the counters, in tokens, and remembers them. They change once a block, not with every forward."""
+        first, values = caches[0], (global_end, local_end)
+        if self._values.get(id(first)) != values:
+            for cache in caches:
+                for name, value in zip(COUNTERS, values, strict=True):
+                    _set(cache, name, value)
+            self._values[id(first)] = values
         for name in (*COUNTERS, *PINS):
             if name in first:
                 self._seen[id(first), name] = _mark(first[name])
@@ -76,6 +79,7 @@ class CacheWatch:
 
     def forget(self, cache: Cache) -> None:
         """The cache begins a new video."""
+        self._values.pop(id(cache), None)
         for name in (*COUNTERS, *PINS):
             self._seen.pop((id(cache), name), None)
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from longlive_rag_ops.bank.catalogue import Catalogue, take_back
 from longlive_rag_ops.bank.frame_heap import FrameHeap
-from longlive_rag_ops.transfer import HostCopy
 from longlive_rag_ops.bank.policies import POLICIES, MostRedundant, make_policy
 from longlive_rag_ops.index import FrameIndex
+from longlive_rag_ops.transfer import HostCopy
 
 
 class Members:
