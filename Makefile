@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+FASTVIDEO ?= fastvideo==0.2.1
 DEMO_OUT ?= demo_out
 BENCH_OUT ?= bench_out
 # Tools of compute-sanitizer, and the tests they run: each op once by the Triton engine.
@@ -20,6 +21,8 @@ key = $(shell echo '$(1)' | cksum | cut -d ' ' -f 1)
 PIP = $(RUN) -m pip --disable-pip-version-check
 # Python compiles what it imports; compiling all of torch beforehand takes four times as long as unpacking it.
 INSTALL = $(PIP) install -q --no-compile
+# A program that prints the torch of an environment, as a line that pip takes for a constraint.
+TORCH_VERSION = from importlib.metadata import version; print("torch==" + version("torch"))
 
 # By its full name: PATH changes below.
 BASE := $(or $(shell command -v '$(PYTHON)'),$(PYTHON))
@@ -34,16 +37,28 @@ BIN := $(abspath $(VENV))/bin
 TOOLS := $(VENV)/.tools-$(call key,$(TORCH) $(TRITON))
 INSTALLED := $(VENV)/.installed-$(call key,$(TORCH) $(TRITON))
 endif
+# Packages of other projects have an environment of their own, and there the stamp says what it holds, not how old the
+# files are: a new checkout keeps it.
+BACKBONES_VENV := .venv-backbones
+BACKBONES_REQUIREMENTS := tests/backbones/requirements.txt
+ifeq ($(VENV),none)
+BACKBONES_RUN := $(RUN)
+BACKBONES_INSTALLED :=
+else
+BACKBONES_RUN := $(BACKBONES_VENV)/bin/python
+BACKBONES_INSTALLED := $(BACKBONES_VENV)/.installed-$(shell (echo '$(TORCH) $(FASTVIDEO)'; cat $(BACKBONES_REQUIREMENTS)) | cksum | cut -d ' ' -f 1)
+endif
 # cmake and ninja of the environment come first, then those of the system.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo test test-cpp test-python sanitize bench bench-gpu gpu-check lint wheel clean
+.PHONY: help setup demo test test-cpp test-python setup-backbones test-backbones sanitize bench bench-gpu gpu-check lint wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   install the package and its tools into $(VENV) (editable), compile the C++ core'
 	@echo 'make demo    run the demo, results in $(DEMO_OUT)'
 	@echo 'make test    C++ tests and Python tests'
+	@echo 'make test-backbones   tests against published backbones (diffusers, FastVideo), in $(BACKBONES_VENV); not part of test'
 	@echo 'make sanitize   the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
 	@echo 'make bench   microbenchmarks, results in $(BENCH_OUT)'
 	@echo 'make bench-gpu   the ops and the memory bank on a CUDA device against its own rates and set targets, results in $(BENCH_OUT)'
@@ -56,6 +71,7 @@ help:
 	@echo 'VENV=none            use PYTHON as it is: nothing is downloaded, only this package is installed into it'
 	@echo "TORCH='torch==2.13.0'   what pip installs as torch; to this an --index-url may be added, for a smaller CPU build"
 	@echo "TRITON='triton==3.7.1'  what pip installs where torch brings no Triton: tests run its kernels in the interpreter"
+	@echo 'LONGLIVE_PEERS=FOLDER   where test-backbones finds checkouts of backbones that no package has'
 	@echo 'LONGLIVE_BUILD_CUDA=auto|1|0   compile CUDA sources when nvcc is found | or fail | never'
 
 setup: $(INSTALLED)
@@ -108,6 +124,32 @@ test-cpp: $(INSTALLED)
 test-python: $(INSTALLED)
 	@echo 'test: Python tests'
 	@$(RUN) -m pytest -q
+
+# make turns every status into 2. What wants to tell a failed installation from failed tests, as .ci/run does, makes
+# setup-backbones first, which fails for no other reason. The constraint keeps pip from replacing torch.
+setup-backbones: $(BACKBONES_INSTALLED)
+
+ifneq ($(VENV),none)
+$(BACKBONES_INSTALLED): | $(VENV)/.created
+	@echo 'setup-backbones: installing $(TORCH), $(FASTVIDEO) and $(BACKBONES_REQUIREMENTS) into $(BACKBONES_VENV)'
+	@mkdir -p build && rm -rf $(BACKBONES_VENV)
+	@{ $(RUN) -m venv $(BACKBONES_VENV) && \
+	  pip='$(BACKBONES_RUN) -m pip --disable-pip-version-check install -q --no-compile' && \
+	  $$pip $(TORCH) && $(BACKBONES_RUN) -c '$(TORCH_VERSION)' >$(BACKBONES_VENV)/torch.txt && \
+	  $$pip -c $(BACKBONES_VENV)/torch.txt -r $(BACKBONES_REQUIREMENTS) && \
+	  $$pip --no-deps '$(FASTVIDEO)'; } >build/setup-backbones.log 2>&1 || \
+	  { echo "setup-backbones: not installed, see build/setup-backbones.log: $$(grep -i error build/setup-backbones.log | tail -n 1)"; exit 75; }
+	@touch $@
+endif
+
+# The compiled core is the one that setup has built in place, by the same Python.
+test-backbones: $(INSTALLED) $(BACKBONES_INSTALLED)
+	@$(if $(BACKBONES_INSTALLED),$(BACKBONES_RUN) -c '$(TORCH_VERSION)' | cmp - $(BACKBONES_VENV)/torch.txt || \
+	  { echo 'test-backbones: something has replaced torch in $(BACKBONES_VENV); remove that folder'; exit 1; })
+	@echo 'test-backbones: with $(BACKBONES_RUN)'
+	@PYTHONPATH='$(CURDIR)' $(BACKBONES_RUN) -c 'from longlive_rag_ops.build_info import extension; extension()' || \
+	  { echo 'test-backbones: the compiled core does not load in $(BACKBONES_RUN); was that made by another Python? remove its folder'; exit 1; }
+	@PYTHONPATH='$(CURDIR)' $(BACKBONES_RUN) -m pytest -q tests/backbones
 
 sanitize: $(INSTALLED)
 	@command -v cmake >/dev/null && command -v ninja >/dev/null || { echo 'sanitize: cmake and ninja are not on PATH, nothing was checked'; exit 1; }

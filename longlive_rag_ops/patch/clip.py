@@ -258,12 +258,13 @@ class Clip:
 
     def _begin_recache(self, call: Call) -> Forward:
         last = self._last
-        if last is not None and (call.start_frame, call.frames) == (last.start_frame, last.frames):
-            usual = None if self._usual is None else self._usual[1]
-            if usual is not None and call.timestep is not None and _largest(call.timestep) != usual:
+        if last is not None and last.timestep is not None and call.timestep is not None:
+            finished, now = _largest(last.timestep), _largest(call.timestep)
+            if now != finished:
                 raise RuntimeError(
-                    f"the block at frame {call.start_frame} was finished by a forward at timestep {usual}, and gets "
-                    f"another one at {_largest(call.timestep)}: a finished block is final"
+                    f"frames {call.start_frame} .. {call.end_frame - 1} are finished, the last of them by a forward at "
+                    f"timestep {finished}; got another one at {now}: a finished block is final, and a prompt re-cache "
+                    "encodes clean frames. A new video needs a new cache, or its counters at 0"
                 )
         if call.frames > self.config.window:
             raise ValueError(
@@ -300,7 +301,7 @@ class Clip:
     def _ends_block(call: Call, block: Call) -> bool:
         """Whether the open block is final, whatever its forwards were: the next one begins, or a prompt re-cache."""
         recache = call.start_frame < block.start_frame and call.end_frame == block.end_frame
-        return recache or call.start_frame >= block.end_frame
+        return recache or call.start_frame == block.end_frame
 
     def _refuse(self, call: Call) -> None:
         where = f"frames {call.start_frame} .. {call.end_frame - 1}"

@@ -184,7 +184,8 @@ class Handle:
         """A new video takes over the memory of one that is given up, when it is of the same shape."""
         most = self._settings.max_clips
         if most is None:  # the two caches of guided sampling begin together: what is past its first block is over
-            over = [key for key, clip in self._clips.items() if clip.finished_frames > 0]
+            begun = [key for key, clip in self._clips.items() if clip.finished_frames == 0]
+            over = [key for key in self._clips if key not in begun[-1:]]
         else:
             over = list(self._clips)[: max(0, len(self._clips) + 1 - most)]
         self._videos += 1
