@@ -98,6 +98,9 @@ class FrameHistory:
     def replaced(self) -> None:
         """All layers were given to `replace`: the pages are a new generation, older copies are gone."""
 
+    def abandon(self) -> None:
+        """What `replace` was given since `replaced` is not to be kept."""
+
     def forget(self, before: int) -> list[int]:
         """Gives up the frames from the sink to ``before``, leaves them out of the choice, and returns them."""
         raise NotImplementedError

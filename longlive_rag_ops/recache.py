@@ -119,6 +119,11 @@ def plan_recache(
     )
 
 
+def abandoned_state(plan: Recache, state: torch.Tensor, config: WindowConfig) -> torch.Tensor:
+    """The window ``(B, 4, W)`` after a forward that was not finished: slots that it may have written hold nothing."""
+    return _state_after(state, plan.numbers, plan.slots, plan.positions, set(), config)
+
+
 def _state_after(
     state: torch.Tensor, numbers: range, slots: list[int], positions: list[int], local: set[int], config: WindowConfig
 ) -> torch.Tensor:

@@ -105,7 +105,7 @@ class TieredHistory(FrameHistory):
         self._search: tuple[int, HostCopy, HostCopy] | None = None
         self._fetched: set[int] = set()
         self._pinned: set[int] = set()
-        self._renewed: tuple[range, torch.Tensor, torch.Tensor] | None = None
+        self._renewed: dict[int, torch.Tensor] = {}  # (2, layers, samples, T, Hkv, D) by frame
 
     @property
     def embedding_dim(self) -> int | None:
@@ -164,27 +164,22 @@ class TieredHistory(FrameHistory):
 
     @normal_tensors
     def replace(self, layer: int, frames: range, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if self._renewed is None or self._renewed[0] != frames:
-            shape = (self._pages.shape[0], *keys.shape)
-            self._renewed = frames, keys.new_empty(shape), values.new_empty(shape)
-        _, all_keys, all_values = self._renewed
-        all_keys[layer], all_values[layer] = keys, values
+        for i, frame in enumerate(frames):
+            if frame not in self._renewed:
+                self._renewed[frame] = keys.new_empty(2, self._pages.shape[0], *keys[:, i].shape)
+            self._renewed[frame][0, layer], self._renewed[frame][1, layer] = keys[:, i], values[:, i]
 
     def replaced(self) -> None:
-        if self._renewed is None:
-            return
-        frames, keys, values = self._renewed
-        there = [i for i, frame in enumerate(frames) if frame in self.bank]
+        there = [frame for frame in sorted(self._renewed) if frame in self.bank]
         for first in range(0, len(there), self.config.frames_per_block):
             part = there[first : first + self.config.frames_per_block]
-            self.bank.commit(
-                [frames[i] for i in part],
-                [keys[:, :, i] for i in part],
-                [values[:, :, i] for i in part],
-                replace=True,
-            )
-        self._fetched -= set(frames)
-        self._renewed = None
+            keys, values = ([self._renewed[frame][i] for frame in part] for i in range(2))
+            self.bank.commit(part, keys, values, replace=True)
+        self._fetched -= set(self._renewed)
+        self._renewed = {}
+
+    def abandon(self) -> None:
+        self._renewed = {}
 
     def forget(self, before: int) -> list[int]:
         frames = {frame for frame in self.bank.frames() if self.config.sink <= frame < before}

@@ -142,7 +142,7 @@ class MemoryWindow(WindowPieces):
         self._blocks = BlockSequence(self.layers, self.config.frames_per_block)
         self._last_plan = empty_window_state(self.batch, self.config.window)
         self._recache: Recache | None = None
-        self._rewritten: set[range] = set()
+        self._rewritten: dict[int, set[int]] = {}
         self._counters = dict.fromkeys(
             (
                 "blocks",
@@ -299,15 +299,14 @@ class MemoryWindow(WindowPieces):
                 and as the newest it retrieves nothing.
 
         Raises:
-            RuntimeError: no such block is open, a layer has not attended, or the history is full.
+            RuntimeError: no such block is open, a layer has not attended or was not given to `rewrite`, or the history
+                is full.
             TypeError, ValueError: the embeddings are not allowed. The window is unchanged in these cases. Should the
                 search itself fail (out of memory, say), calling again goes on from there.
         """
         block = self._blocks.finishable(start_frame)
         began = time.perf_counter()
-        if self._rewritten:
-            self._history.replaced()
-            self._rewritten = set()
+        checked = None
         if self.config.top_k > 0 and not block.remembered:
             if block.embeddings is None:
                 checked = self._check_embeddings(embeddings, block)
@@ -315,6 +314,8 @@ class MemoryWindow(WindowPieces):
                 checked = block.embeddings
             else:
                 raise ValueError(f"embeddings must not be given again after retrieve({block.start}, ...)")
+        self._replace_rewritten()
+        if checked is not None:
             self._history.add(block.start, checked, self._staging)
             block.remembered = True
         committed = time.perf_counter()
@@ -422,6 +423,7 @@ class MemoryWindow(WindowPieces):
             return block
         began = time.perf_counter()
         config = self.config
+        self._check_restored(start_frame, frames)
         self._history.settle(self._last_plan)
         plan = advance_window(
             self._last_plan,

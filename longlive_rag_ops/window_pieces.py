@@ -12,7 +12,8 @@ from .blocks import Block, BlockSequence
 from .config import WindowConfig, check_int, local_frames, window_slot
 from .history import FrameHistory
 from .modes import normal_tensors
-from .recache import Recache, plan_recache
+from .ops.checks import check, check_scale
+from .recache import Recache, abandoned_state, plan_recache
 from .transfer import device_copy, device_numbers
 
 PARTS = ("sink", "local", "memory")
@@ -35,7 +36,7 @@ class WindowPieces:
     _last_plan: torch.Tensor
     _window_slots: torch.Tensor
     _recache: Recache | None
-    _rewritten: set[range]
+    _rewritten: dict[int, set[int]]  # by frame, the layers
     _counters: dict[str, int]
 
     def write(
@@ -65,24 +66,15 @@ class WindowPieces:
         """
         grid = self._checked_grid(grid)
         block = self._block_at(start_frame, self._frames_of(q))
+        if canonical is not None:
+            like = self._history.pages
+            check("canonical", canonical, (self.batch, q.shape[1], *like.shape[5:]), (like.dtype,), like)
         arguments = self._arguments(block, layer, grid, place=layer not in block.placed)
         pool_layer, staging, rope, split = (arguments[name] for name in ("pool_layer", "staging", "rope", "rope_split"))
-        if arguments["place"] and block.placements:
-            state = block.state
-            for row, pages in ((SOURCE, None), (STAGED, staging)):
-                torch.ops.longlive.place_frames(
-                    pool_layer,
-                    self._window_slots,
-                    state[:, row],
-                    state[:, POSITION],
-                    rope,
-                    split,
-                    k_pages=pages,
-                    engine=self.engine,
-                )
         frames = range(block.start, block.end)
         slots = [window_slot(frame, self.config.sink, self.config.local) for frame in frames]
         rows = [frame % self.config.staging_rows for frame in frames]
+        # Before anything is placed, in other slots and from other rows: it may refuse q, k or v.
         rotated = torch.ops.longlive.write_frames(
             q,
             k,
@@ -98,8 +90,21 @@ class WindowPieces:
             engine=self.engine,
         )
         if canonical is not None:
-            for row, page in zip(rows, canonical.unflatten(1, (len(rows), -1)).unbind(1), strict=True):
+            for row, page in zip(rows, canonical.detach().unflatten(1, (len(rows), -1)).unbind(1), strict=True):
                 staging[:, row] = page
+        if arguments["place"] and block.placements:
+            state = block.state
+            for row, pages in ((SOURCE, None), (STAGED, staging)):
+                torch.ops.longlive.place_frames(
+                    pool_layer,
+                    self._window_slots,
+                    state[:, row],
+                    state[:, POSITION],
+                    rope,
+                    split,
+                    k_pages=pages,
+                    engine=self.engine,
+                )
         self._begin(block, layer, grid)
         block.placed.add(layer)
         return rotated
@@ -142,10 +147,10 @@ class WindowPieces:
         )
 
     def rewrite(self, layer: int, k: torch.Tensor, v: torch.Tensor, start_frame: int, grid: Sequence[int]) -> None:
-        """Replaces pages of finished frames that are still in the local part, in one layer.
+        """Replaces pages of finished frames that are still in the sink or the local part, in one layer.
 
-        For backbones that encode the frames of earlier blocks again with every block. All layers must be given; with
-        the next `finish` the pages are a new generation.
+        For backbones that encode the frames of earlier blocks again with every block. All layers must be given before
+        the next `finish` or `recache`, with which the pages are a new generation.
 
         Args:
             layer: ``0 .. layers-1``.
@@ -154,12 +159,14 @@ class WindowPieces:
             grid: as in `attend`.
 
         Raises:
-            RuntimeError: a frame is not in the local part, or not finished.
+            RuntimeError: a frame is in neither part, or not finished, or frames are being cached again.
             TypeError, ValueError: a shape, dtype, device or size is not allowed.
         """
         grid = self._checked_grid(grid)
         check_int("layer", layer, 0, self.layers - 1)
         count = self._frames_of(k)
+        if self._recache is not None:
+            raise RuntimeError(f"finish_recache({self._recache.start}) must come before rewrite")
         block, plan = self._blocks.open, self._last_plan
         finished = self._blocks.expected
         if block is not None:
@@ -173,8 +180,13 @@ class WindowPieces:
                 f"start_frame and k must name finished frames of the local part, of {list(local)}, got {list(frames)}"
             )
         positions = plan[0, POSITION, slots].tolist()
-        self._renew(layer, k, k, v, frames, slots, [f % self.config.staging_rows for f in frames], positions, grid)
-        self._rewritten.add(frames)
+        # Sink frames are never placed again: the rows of their numbers are local frames'.
+        rows = [frame % self.config.staging_rows if frame >= self.config.sink else -1 for frame in frames]
+        if block is None or layer not in block.layers:
+            self._history.wait(layer)  # for copies of the pages that are overwritten
+        self._renew(layer, k, k, v, frames, slots, rows, positions, grid)
+        for frame in frames:
+            self._rewritten.setdefault(frame, set()).add(layer)
 
     def recache(
         self,
@@ -210,12 +222,13 @@ class WindowPieces:
         grid = self._checked_grid(grid)
         check_int("layer", layer, 0, self.layers - 1)
         count = self._frames_of(q)
+        check_scale(scale)
         plan = self._recache
         if plan is None or (plan.start, plan.frames) != (start_frame, count):
             if plan is not None:
                 raise RuntimeError(
-                    f"start_frame must be {plan.start} with {plan.frames} frames until finish_recache({plan.start}), "
-                    f"got {start_frame} with {count}"
+                    f"start_frame must be {plan.start} with {plan.frames} frames until finish_recache({plan.start}) or "
+                    f"abandon_recache(), got {start_frame} with {count}"
                 )
             if self._blocks.open is not None:
                 raise RuntimeError(
@@ -223,6 +236,7 @@ class WindowPieces:
                 )
             finished = self._blocks.expected
             plan = plan_recache(self._last_plan, start_frame, count, finished, self.config, renew_sink)
+            self._replace_rewritten()
         if layer not in plan.layers:
             self._history.wait(layer)
         rotated = self._renew(layer, q, k, v, plan.numbers, plan.slots, plan.staging_rows, plan.positions, grid)
@@ -235,6 +249,17 @@ class WindowPieces:
             rotated, self._history.pages[layer], table, run=plan.run, scale=scale, engine=self.engine
         )
         return out
+
+    def abandon_recache(self) -> None:
+        """Gives up a `recache` that has begun, as after a forward that failed; without one it does nothing.
+
+        Frames whose window slots it has written must be cached again before the next block. The history may have new
+        pages of some layers (with a bank it has none), until its frames are cached again too.
+        """
+        if self._recache is not None:
+            self._last_plan = abandoned_state(self._recache, self._last_plan, self.config)
+            self._history.abandon()
+            self._recache = None
 
     def finish_recache(self, start_frame: int) -> None:
         """Makes the pages that `recache` wrote a new generation, in every tier; embeddings stay.
@@ -268,6 +293,28 @@ class WindowPieces:
         if self._blocks.open is not None:
             raise RuntimeError(f"finish({self._blocks.open.start}, ...) must come before forget, the block is open")
         return self._history.forget(before)
+
+    def _replace_rewritten(self) -> None:
+        """What `rewrite` was given is a new generation from here on."""
+        for frame, layers in self._rewritten.items():
+            missing = sorted(set(range(self.layers)) - layers)
+            if missing:
+                raise RuntimeError(f"rewrite of frame {frame} must be given all layers, layers {missing} are missing")
+        if self._rewritten:
+            self._history.replaced()
+            self._rewritten = {}
+
+    def _check_restored(self, start_frame: int, frames: int) -> None:
+        """Raises `RuntimeError` when `recache` of older frames has taken slots that a block's local frames need."""
+        sink, local = self.config.sink, self.config.local
+        held = self._last_plan[0, FRAME].tolist()
+        needed = range(local_frames(start_frame, frames, sink, local).start, start_frame)
+        lost = [frame for frame in needed if held[window_slot(frame, sink, local)] != frame]
+        if lost:
+            raise RuntimeError(
+                f"recache must encode frames {lost[0]} .. {start_frame - 1} again before a block at start_frame "
+                f"{start_frame}: older frames have taken the window slots of {lost}"
+            )
 
     @normal_tensors
     def _renew(

@@ -334,7 +334,8 @@ def test_calls_that_cannot_come() -> None:
                 r"= 6 - 1 - 2 = 3 frames.*local part; got 4",
             ),
             (RuntimeError, (x, 0.0, 14), r"frames must be those from 10 on.*got frames 14 .. 15"),
-            (RuntimeError, (x, 500.0, 8), r"by a forward at timestep 0.0; got another one at 500.0"),
+            (RuntimeError, (x, 500.0, 8), r"the block of frames 8 .. 9 is final"),
+            (RuntimeError, (x, 500.0, 6), r"by a forward at timestep 0.0; got another one at 500.0"),
             (
                 ValueError,
                 (torch.randn(1, CHANNELS, 8, HEIGHT, WIDTH), 0.0, 2),

@@ -48,6 +48,7 @@ class SelfAttention(nn.Module):
         q, k = (causal_rope_apply(part, freqs, start, grid) for part in (q, k))
         if kv_cache is not None:
             k, v = self._cached(kv_cache, k, v, current_start + x.shape[1], self.sink_size * grid[1] * grid[2])
+            k, v = (part[:, -self.max_attention_size :] for part in (k, v))
         parts = (part.transpose(1, 2) for part in (q, k, v))
         return self.o(nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
 
@@ -84,6 +85,7 @@ class ToyWan(nn.Module):
     def __init__(self, local: int = 6, sink: int = 1, layers: int = 2, dim: int = 32, heads: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.prompt = 0.0
         self.patch_size, self.num_frame_per_block = (1, 2, 2), 2
         self.patch_embedding = nn.Conv3d(CHANNELS, dim, self.patch_size, self.patch_size)
         self.blocks = nn.ModuleList([Block(dim, heads, local, sink) for _ in range(layers)])
@@ -94,8 +96,15 @@ class ToyWan(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._forward_inference(*args, **kwargs)
 
-    def _forward_inference(self, x: Tensor, t: Tensor, kv_cache: Any = None, current_start: int = 0) -> Tensor:
-        x = self.patch_embedding(x)
+    def _forward_inference(
+        self,
+        x: Any,
+        t: Tensor,
+        kv_cache: Any = None,
+        current_start: int = 0,
+        sink_recache_after_switch: bool = False,
+    ) -> Tensor:
+        x = self.patch_embedding(x if isinstance(x, Tensor) else torch.stack(x)) + self.prompt
         grid = tuple(x.shape[2:])
         x = x.flatten(2).transpose(1, 2) + t.repeat_interleave(grid[1] * grid[2], 1)[..., None] / 1000
         for layer, block in enumerate(self.blocks):
@@ -135,6 +144,21 @@ class Pipeline:
             self.forward(x, 0.0)
         self.blocks.append(x)
         return x
+
+    @torch.no_grad()
+    def switch(self, prompt: float, frames: int, renew_sink: bool = False) -> None:
+        """Another prompt: the newest frames are encoded again."""
+        self.generator.prompt = prompt
+        video = torch.cat(self.blocks, 2)
+        start = video.shape[2] - frames
+        t = torch.zeros(self.batch, frames)
+        self.generator(
+            video[:, :, start:],
+            t,
+            kv_cache=self.cache,
+            current_start=start * TOKENS,
+            sink_recache_after_switch=renew_sink,
+        )
 
     def run(self, blocks: int) -> Tensor:
         for _ in range(blocks):

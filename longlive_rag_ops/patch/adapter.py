@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -78,7 +79,7 @@ class OwnWindow:
 
 
 class Adapter(ABC):
-    """A family of backbones. One instance serves one patched model; it keeps no state of a video.
+    """A family of backbones. One instance serves one patched model; what belongs to a video is kept in its `Clip`.
 
     Attributes:
         name: of the family, for errors and logs.
@@ -90,6 +91,11 @@ class Adapter(ABC):
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
+
+    @cached_property
+    def modules(self) -> list[Any]:
+        """The self-attention modules, looked up once."""
+        return list(self.layers())
 
     @classmethod
     @abstractmethod
@@ -151,11 +157,6 @@ class Adapter(ABC):
         """Further changes of the instance; returns what takes them back. Called once, when the model is patched."""
         return []
 
-    def began(  # noqa: B027 (optional)
-        self, call: Call
-    ) -> None:
-        """A new video begins with this call's cache."""
-
     def check(  # noqa: B027 (optional)
         self, call: Call, clip: Clip
     ) -> None:
@@ -165,6 +166,11 @@ class Adapter(ABC):
         self, call: Call, clip: Clip
     ) -> None:
         """Keeps the backbone's own counters up to date after a forward."""
+
+    def failed(  # noqa: B027 (optional)
+        self, call: Call, clip: Clip
+    ) -> None:
+        """A forward has raised; it may be made again."""
 
     def with_latents(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: torch.Tensor, start_frame: int

@@ -104,7 +104,7 @@ class AnyFlow(Adapter):
     def attend(self, forward: Any, layer: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if forward.call.clean:
             return self._encode(forward, layer, original, args, kwargs)
-        attention = cast(Any, self.layers()[layer])
+        attention = self.modules[layer]
         x = args[0] if args else kwargs["hidden_states"]
         q, k, v = attention.norm_q(attention.to_q(x)), attention.norm_k(attention.to_k(x)), attention.to_v(x)
         q, k, v = (part.to(x.dtype).unflatten(2, (attention.heads, -1)) for part in (q, k, v))

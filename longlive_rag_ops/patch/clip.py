@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ import torch
 from ..config import WindowConfig
 from ..window import MemoryWindow
 from .adapter import Adapter, Call, OwnWindow
+from .native_cache import CacheWatch
+from .prompt_switch import PromptSwitches
 from .settings import Settings
 
-LOGGER = logging.getLogger("longlive_rag_ops.patch")
 MOST_ENTRIES = 10_000  # of the retrieval log: some hours of video
 
 
@@ -75,10 +75,14 @@ class Clip:
         adapter, settings: of the patch.
         log: gets an entry for each retrieval and each prompt switch.
         own: the backbone's own window, where its cache does not tell any more.
+        window: another video's, of the same sizes, whose memory this one takes.
 
     Attributes:
         window: None until the first attention tells its shapes.
         finished_frames: frames that are final.
+        give_back: gives the cache its buffers back.
+        watch: of the cache's counters.
+        switches: of the prompt.
     """
 
     def __init__(
@@ -89,12 +93,13 @@ class Clip:
         settings: Settings,
         log: deque[dict[str, Any]],
         own: OwnWindow | None = None,
+        window: MemoryWindow | None = None,
     ) -> None:
         self.adapter = adapter
         self.settings = settings
         self.log = log
         self.own = adapter.own_window(call) if own is None else own
-        self.window: MemoryWindow | None = None
+        self.window = window
         self.config = self._config(call)
         self.give_back: Callable[[], None] | None = None
         self.begin_video(number, call)
@@ -106,14 +111,14 @@ class Clip:
         self.batch, self.grid = call.batch, call.grid
         self._shape = call.batch, call.grid, call.latents().dtype, call.latents().device
         self.finished_frames = 0
-        self.latents: list[torch.Tensor] = []  # of finished frames, (B, C, H, W) on the host, for policy recache
+        self.watch = CacheWatch()
+        self.switches = PromptSwitches(number, self.settings, self.log)
         self._open: Call | None = None
         self._forwards = 0  # of the open block
         self._usual: tuple[int, float | None] | None = None  # forwards of the last block, its last timestep
         self._last: Call | None = None  # the block that was finished last
         if self.window is not None:
             self.window.reset()
-        self.adapter.began(call)
         again = self.adapter.take_over(call)
         if again is not None:
             self.give_back = again
@@ -124,18 +129,23 @@ class Clip:
         shape = call.batch, call.grid, call.latents().dtype, call.latents().device
         return same and shape == self._shape and self._config(call) == self.config
 
-    def close(self, give_back: bool = True) -> None:
-        """The video is over: its bank is closed, and its cache gets its buffers back where that is wanted."""
+    def begins_again(self, call: Call) -> bool:
+        """Whether a call over frame 0 is a new video's, with the same cache."""
+        if call.start_frame != 0 or (self._open is None and self.finished_frames == 0):
+            return False
+        if self.finished_frames == 0:  # another forward of the first block, unless the counters were set back
+            try:
+                self.adapter.check(call, self)
+                return False
+            except RuntimeError:
+                pass
+        return call.fresh()
+
+    def close(self) -> None:
+        """The video is over; its bank is closed."""
         if self.window is not None and self.window.bank is not None:
             self.window.bank.close()
-        if give_back and self.give_back is not None:
-            self.give_back()
-        self.give_back = self.window = None
-
-    def old_frames(self, call: Call) -> list[range]:
-        """Finished frames before those of a prompt re-cache, in runs of a forward's length, oldest first."""
-        size, first = self.config.window, min(self.config.sink, call.start_frame)
-        return [range(at, min(at + size, call.start_frame)) for at in range(first, call.start_frame, size)]
+        self.window = None
 
     def _config(self, call: Call) -> WindowConfig:
         own, settings = self.own, self.settings
@@ -192,17 +202,14 @@ class Clip:
         expected = self.finished_frames if self._open is None else self._open.start_frame
         if call.start_frame != expected or (self._open is not None and call.frames != self._open.frames):
             self._refuse(call)
-        if call.frames > self.config.local:
-            config = self.config
-            raise ValueError(
-                f"a forward must generate at most window - sink - top_k = {config.window} - {config.sink} - "
-                f"{config.top_k} = {config.local} frames, which is the local part; got {call.frames}"
-            )
+        self._check_length(call)
         if self._open is None:
             self._forwards = 0
-        self._open = call
         self._forwards += 1
-        forward = Forward(self, call, clean=self._is_clean(call))
+        clean = self._is_clean(call)
+        # The block may be found to be final only when the next one begins, and pipelines use their buffers again.
+        self._open = call if clean else self._copied(call)
+        forward = Forward(self, call, clean=clean)
         if forward.clean and self.window is not None and self.window.block_is_whole:
             # What is found is fetched while the forward runs.
             self.window.retrieve(call.start_frame, self._embeddings(call))
@@ -233,15 +240,15 @@ class Clip:
     def _finish(self, early: bool = False) -> None:
         """The open block is final: its last forward was the clean one; ``early``: that forward said so itself."""
         call, window = self._open, self.window
-        assert call is not None and window is not None
+        if call is None or window is None:
+            raise RuntimeError("no forward of the open block has come as far as its attention: make it again")
         wanted = self.config.top_k > 0
         window.finish(call.start_frame, self._embeddings(call) if wanted and not window.searched else None)
         if not early and wanted:
             self._usual = self._forwards, None if call.timestep is None else _largest(call.timestep)
         self.finished_frames = call.end_frame
         self._open, self._last = None, call
-        if self.settings.on_prompt_switch == "recache":
-            self.latents += [frame.detach().to("cpu", copy=True) for frame in call.latents().unbind(1)]
+        self.switches.keep_latents(call)
         if wanted:
             entry = {"event": "retrieval", "clip": self.number, "block": call.end_frame}
             self.log.append(entry | {"frames": window.selected, "scores": window.selected_scores})
@@ -258,6 +265,11 @@ class Clip:
 
     def _begin_recache(self, call: Call) -> Forward:
         last = self._last
+        if last is not None and (call.start_frame, call.frames) == (last.start_frame, last.frames):
+            raise RuntimeError(
+                f"the block of frames {call.start_frame} .. {call.end_frame - 1} is final, as its last forward was "
+                "like the last one of the block before; got another forward of it"
+            )
         if last is not None and last.timestep is not None and call.timestep is not None:
             finished, now = _largest(last.timestep), _largest(call.timestep)
             if now != finished:
@@ -270,24 +282,29 @@ class Clip:
             raise ValueError(
                 f"a prompt re-cache must hold at most window ({self.config.window}) frames, got {call.frames}"
             )
+        if self.window is not None:
+            self.window.abandon_recache()  # one that has failed, and is made again
         return Forward(self, call, recache=True)
 
-    def switch_prompt(self, call: Call) -> None:
-        """Frames are encoded again with another prompt: what becomes of the history before them."""
-        policy, window = self.settings.on_prompt_switch, self.window
-        entry = {"event": "prompt switch", "clip": self.number, "at": self.finished_frames, "policy": policy}
-        entry |= {"recached": [call.start_frame, call.end_frame]}
-        if policy == "drop" and window is not None:
-            entry["dropped"] = len(window.forget(call.start_frame))
-        self.log.append(entry)
-        LOGGER.info(
-            "prompt switch at frame %d: frames %d to %d are cached again; history before them: %s%s",
-            self.finished_frames,
-            call.start_frame,
-            call.end_frame - 1,
-            policy,
-            ", with pages of the old prompt" if policy == "keep" and self.config.top_k > 0 else "",
-        )
+    def _copied(self, call: Call) -> Call:
+        if self.config.top_k == 0:
+            return call
+        latents = call.latents().clone()
+        timestep = None if call.timestep is None else call.timestep.clone()
+        return replace(call, latents=lambda: latents, timestep=timestep)
+
+    def _check_length(self, call: Call) -> None:
+        config = self.config
+        if call.frames > config.local:
+            raise ValueError(
+                f"a forward must generate at most window - sink - top_k = {config.window} - {config.sink} - "
+                f"{config.top_k} = {config.local} frames, which is the local part; got {call.frames}"
+            )
+        if call.frames > config.frames_per_block:
+            raise ValueError(
+                f"frames_per_block must be at least {call.frames} for this forward, got {config.frames_per_block}: "
+                "name it when the first block is shorter than others"
+            )
 
     def _check_shape(self, call: Call) -> None:
         for name, now, before in (("batch", call.batch, self.batch), ("grid", call.grid, self.grid)):

@@ -9,13 +9,11 @@ from typing import Any, cast
 import torch
 
 from ..rotary import default_split, rotary_table
-from .adapter import Adapter, Call, OwnWindow, lacking, whole_frames
-from .native_cache import CacheWatch, release_buffers
-
-GLOBAL_FRAMES = 21  # what a model without a window keeps
+from .adapter import Call, OwnWindow, lacking, whole_frames
+from .native_cache import GLOBAL_FRAMES, NativeCacheAdapter, is_fresh
 
 
-class FastVideoWan(Adapter):
+class FastVideoWan(NativeCacheAdapter):
     """``fastvideo.models.dits.causal_wanvideo.CausalWanTransformer3DModel``."""
 
     name = "FastVideo's causal Wan"
@@ -24,7 +22,6 @@ class FastVideoWan(Adapter):
         super().__init__(model)
         self._signature = inspect.signature(cast(Any, model)._forward_inference)
         self._attention = inspect.signature(type(self.layers()[0]).forward)
-        self._watch = CacheWatch()
 
     @classmethod
     def missing(cls, model: torch.nn.Module) -> list[str]:
@@ -61,11 +58,11 @@ class FastVideoWan(Adapter):
             cache=cache,
             latents=lambda: x.transpose(1, 2),
             timestep=given["timestep"],
-            fresh=lambda: self._watch.is_fresh(cache[0]),
+            fresh=lambda: is_fresh(cache[0]),
         )
 
     def own_window(self, call: Call) -> OwnWindow:
-        attention = cast(Any, self.layers()[0])
+        attention = self.modules[0]
         rule = "slot" if attention.rope_cache_policy == "relativistic" else "absolute"
         held = call.cache[0]["k"].shape[1] // call.tokens_per_frame
         local = attention.local_attn_size
@@ -103,17 +100,3 @@ class FastVideoWan(Adapter):
                 "freqs_cis must be the angles of Wan's rotary embedding (theta 10000, channels split over time, height "
                 "and width), got others"
             )
-
-    def take_over(self, call: Call) -> Callable[[], None] | None:
-        return release_buffers(call.cache)
-
-    def began(self, call: Call) -> None:
-        self._watch.forget(call.cache[0])
-
-    def check(self, call: Call, clip: Any) -> None:
-        self._watch.check(call.cache[0])
-
-    def advanced(self, call: Call, clip: Any) -> None:
-        tokens = call.tokens_per_frame
-        end = max(call.end_frame, clip.finished_frames)
-        self._watch.advance(call.cache, end * tokens, min(end, clip.config.window) * tokens)

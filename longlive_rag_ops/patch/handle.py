@@ -8,15 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 
+from ..window import MemoryWindow
 from .adapter import Adapter, Call
 from .clip import MOST_ENTRIES, Clip, Forward
 from .settings import Settings
 
-_patched: WeakKeyDictionary[torch.nn.Module, Handle] = WeakKeyDictionary()
+MOST_ENDED = 16  # videos whose caches are remembered, to give them their buffers back
+_patched: WeakSet[torch.nn.Module] = WeakSet()
 
 
 class Handle:
@@ -39,7 +41,8 @@ class Handle:
         self.retrieval_log: deque[dict[str, Any]] = deque(maxlen=MOST_ENTRIES)
         self._settings = adapter.settings(settings)
         self._clips: OrderedDict[int, Clip] = OrderedDict()  # by identity of their cache, least recently used first
-        self._videos = 0
+        self._ended: OrderedDict[int, Clip] = OrderedDict()
+        self._videos = self._switches = 0
         self._forward: Forward | None = None
         self._switching = False
         self._undo: list[Callable[[], None]] = []
@@ -48,7 +51,7 @@ class Handle:
         except BaseException:
             self._remove()
             raise
-        _patched[model] = self
+        _patched.add(model)
 
     @property
     def patched(self) -> bool:
@@ -71,11 +74,10 @@ class Handle:
                 if clip.window.bank is not None:
                     found["bank"] = clip.window.bank.stats()
             clips.append(found)
-        switches = sum(entry["event"] == "prompt switch" for entry in self.retrieval_log)
         return {
             "family": self.adapter.name,
             "videos": self._videos,
-            "prompt_switches": switches,
+            "prompt_switches": self._switches,
             "clips": clips,
         }
 
@@ -98,15 +100,19 @@ class Handle:
     def unpatch(self) -> None:
         """Takes everything back: the model computes what it did before, bit for bit, from the next video on.
 
-        The caches of the videos under way get their buffers back, empty. Banks are closed. Calling it again does
-        nothing.
+        The caches of the videos under way, and of the sixteen before them, get their buffers back, empty; make older
+        ones anew. Banks are closed. Calling it again does nothing.
         """
         self._remove()
-        if _patched.get(self.model) is self:
-            del _patched[self.model]
-        for clip in self._clips.values():
-            clip.close()
+        _patched.discard(self.model)
+        clips = [*self._ended.values(), *self._clips.values()]
+        self._ended.clear()
         self._clips.clear()
+        while clips:
+            clip = clips.pop()
+            clip.close()
+            if clip.give_back is not None:
+                clip.give_back()
 
     def __enter__(self) -> Handle:
         return self
@@ -117,22 +123,36 @@ class Handle:
         self.unpatch()
 
     def _install(self) -> None:
-        before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._undo.append(before.remove)
-        after = self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-        self._undo.append(after.remove)
-        for layer, module in enumerate(self.adapter.layers()):
+        # Not by hooks: what wraps a model, as LoRA does, may call its forward past them.
+        self._undo.append(_replace_forward(self.model, functools.partial(self._run, self.model.forward)))
+        for layer, module in enumerate(self.adapter.modules):
             self._undo.append(_replace_forward(module, functools.partial(self._attend, layer, module.forward)))
         self._undo += self.adapter.install()
 
     def _remove(self) -> None:
-        for undo in reversed(self._undo):
-            undo()
-        self._undo = []
         self._forward = None
+        errors = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as error:  # the others are undone all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        self._before(args, kwargs)
+        try:
+            output = original(*args, **kwargs)
+        except BaseException:
+            self._failed()
+            raise
+        self._after()
+        return output
 
     @torch.compiler.disable
-    def _before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forward = None
         call = self.adapter.call(args, kwargs)
         if call is None:
@@ -140,16 +160,21 @@ class Handle:
         clip = self._clip(call)
         forward = clip.begin(call)
         if forward.recache and not self._switching:
-            clip.switch_prompt(call)
-            if self._settings.on_prompt_switch == "recache":
-                self._encode_again(clip, call, args, kwargs)
+            self._switches += clip.switches.begin(call, clip.finished_frames, forward.window)
+            self._encode_again(clip, call, args, kwargs)
         self._forward = forward
 
     @torch.compiler.disable
-    def _after(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self) -> None:
         forward, self._forward = self._forward, None
-        if forward is not None and output is not None:  # None: the forward has raised
+        if forward is not None:
             forward.clip.end(forward)
+
+    @torch.compiler.disable
+    def _failed(self) -> None:
+        forward, self._forward = self._forward, None
+        if forward is not None:
+            self.adapter.failed(forward.call, forward.clip)
 
     @torch.compiler.disable
     def _attend(self, layer: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -161,14 +186,13 @@ class Handle:
         """The video that a call belongs to."""
         key = id(call.cache)
         clip = self._clips.get(key)
-        if clip is not None and call.start_frame == 0 and clip.finished_frames > 0 and call.fresh():
+        if clip is not None and clip.begins_again(call):
             self._videos += 1
             if clip.fits(call):
                 clip.begin_video(self._videos, call)
             else:
-                clip.close(give_back=False)
-                own = clip.own
-                clip = Clip(self._videos, call, self.adapter, self._settings, self.retrieval_log, own)
+                clip.close()
+                clip = self._new(call, clip)
         elif clip is None:
             if call.start_frame != 0:
                 raise RuntimeError(
@@ -183,29 +207,38 @@ class Handle:
     def _new_clip(self, call: Call) -> Clip:
         """A new video takes over the memory of one that is given up, when it is of the same shape."""
         most = self._settings.max_clips
-        if most is None:  # the two caches of guided sampling begin together: what is past its first block is over
-            begun = [key for key, clip in self._clips.items() if clip.finished_frames == 0]
-            over = [key for key in self._clips if key not in begun[-1:]]
-        else:
-            over = list(self._clips)[: max(0, len(self._clips) + 1 - most)]
+        over = list(self._clips)
+        if most is not None:
+            over = over[: max(0, len(over) + 1 - most)]
+        elif over and self._clips[over[-1]].finished_frames == 0:
+            over.pop()  # the two caches of guided sampling begin together
         self._videos += 1
-        taken: Clip | None = None
+        known = self._ended.pop(id(call.cache), None)
+        window: MemoryWindow | None = None
         for key in over:
             clip = self._clips.pop(key)
-            if taken is None and clip.fits(call):
-                taken = clip
-                clip.begin_video(self._videos, call)
-            else:
-                clip.close(give_back=False)
-        return taken or Clip(self._videos, call, self.adapter, self._settings, self.retrieval_log)
+            if window is None and known is None and clip.fits(call):
+                window, clip.window = clip.window, None
+            clip.close()
+            self._ended[key] = clip
+            while len(self._ended) > MOST_ENDED:
+                self._ended.popitem(last=False)
+        return self._new(call, known, window)
+
+    def _new(self, call: Call, known: Clip | None, window: MemoryWindow | None = None) -> Clip:
+        """A video whose cache was another's before (``known``), in memory that is there."""
+        own = None if known is None else known.own
+        clip = Clip(self._videos, call, self.adapter, self._settings, self.retrieval_log, own, window)
+        if clip.give_back is None and known is not None:
+            clip.give_back = known.give_back
+        return clip
 
     def _encode_again(self, clip: Clip, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Policy ``recache``: the history before these frames passes through the model with the new prompt."""
         self._switching = True
         try:
-            for frames in clip.old_frames(call):
-                latents = torch.stack([clip.latents[frame] for frame in frames], 1).to(call.latents().device)
-                again, named = self.adapter.with_latents(args, kwargs, latents, frames.start)
+            for start, latents in clip.switches.old_frames(call, clip.config.window, clip.config.sink):
+                again, named = self.adapter.with_latents(args, kwargs, latents.to(call.latents().device), start)
                 self.model(*again, **named)
         finally:
             self._switching = False
@@ -218,7 +251,7 @@ def _replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Ca
 
     def undo() -> None:
         if own is None:
-            del module.forward
+            vars(module).pop("forward", None)
         else:
             module.forward = own
 

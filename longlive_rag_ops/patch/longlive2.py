@@ -28,7 +28,7 @@ class LongLive2Wan(WanAdapter):
 
     def bounded_window(self, held: int, attended: int, sink: int) -> OwnWindow:
         # Its global sink and its shots' sink lie over each other until a shot is pinned.
-        everywhere = getattr(cast(Any, self.layers()[0]), "global_sink_size", 0)
+        everywhere = getattr(self.modules[0], "global_sink_size", 0)
         return super().bounded_window(held, attended, max(sink, everywhere))
 
     def returned(self, x: torch.Tensor, forward: Any) -> Any:

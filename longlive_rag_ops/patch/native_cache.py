@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 
+from .adapter import Adapter, Call
+
 Cache = MutableMapping[str, Any]
 COUNTERS = ("global_end_index", "local_end_index")
 PINS = ("pinned_start", "pinned_len")
+GLOBAL_FRAMES = 21  # of a model without a window: what its cache of 32760 tokens holds
+
+
+def is_fresh(cache: Cache) -> bool:
+    """Whether a layer's cache is that of a video that has not begun; waits for the device."""
+    return not any(name in cache and int(cache[name]) for name in COUNTERS)
 
 
 def release_buffers(caches: Sequence[Cache]) -> Callable[[], None] | None:
@@ -42,46 +50,65 @@ def release_buffers(caches: Sequence[Cache]) -> Callable[[], None] | None:
 
 
 class CacheWatch:
-    """Sees whether somebody else has changed a cache's counters, without reading them from the device."""
+    """Sees whether somebody else has changed a video's counters, without reading them from the device."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, str], tuple[Any, Any]] = {}
-        self._values: dict[int, tuple[int, int]] = {}
-
-    def is_fresh(self, cache: Cache) -> bool:
-        """Whether a cache is that of a video that has not begun."""
-        return not any(name in cache and int(cache[name]) for name in COUNTERS)
+        self._marks: dict[str, tuple[Any, Any]] = {}
+        self._values: tuple[int, int] | None = None
 
     def advance(self, caches: Sequence[Cache], global_end: int, local_end: int) -> None:
         """Sets the counters, in tokens, and remembers them. They change once a block, not with every forward."""
-        first, values = caches[0], (global_end, local_end)
-        if self._values.get(id(first)) != values:
+        values = (global_end, local_end)
+        if self._values != values:
             for cache in caches:
                 for name, value in zip(COUNTERS, values, strict=True):
                     _set(cache, name, value)
-            self._values[id(first)] = values
-        for name in (*COUNTERS, *PINS):
-            if name in first:
-                self._seen[id(first), name] = _mark(first[name])
+            self._values = values
+        self.remember(caches[0])
 
-    def check(self, cache: Cache) -> None:
-        """RuntimeError when a counter was changed since `advance` by somebody else."""
-        for name in (*COUNTERS, *PINS):
-            seen = self._seen.get((id(cache), name))
-            if seen is not None and not _same(seen, _mark(cache[name])):
-                value, before = int(cache[name]), seen[0]
-                before = int(before) if isinstance(before, int) else "another tensor or value"
-                raise RuntimeError(
-                    f"kv_cache[0][{name!r}] was changed between forwards, to {value} tokens (before: {before}). A "
-                    "patched model does not follow what a pipeline does to its cache beside a prompt re-cache: no "
-                    "kv_flush, no pinned shot sink, no zeroed cache. Start a new video, or unpatch()"
-                )
+    def remember(self, cache: Cache) -> None:
+        """The counters are as they should be."""
+        self._marks = {name: _mark(cache[name]) for name in (*COUNTERS, *PINS) if name in cache}
 
-    def forget(self, cache: Cache) -> None:
-        """The cache begins a new video."""
-        self._values.pop(id(cache), None)
-        for name in (*COUNTERS, *PINS):
-            self._seen.pop((id(cache), name), None)
+    def changed(self, cache: Cache) -> str | None:
+        """The counter that somebody else has changed since, if any."""
+        for name, mark in self._marks.items():
+            if name not in cache or not _same(mark, _mark(cache[name])):
+                return name
+        return None
+
+
+class NativeCacheAdapter(Adapter):
+    """Base of families whose call has a list of caches, one a layer: dictionaries with ``k``, ``v`` and counters."""
+
+    def take_over(self, call: Call) -> Callable[[], None] | None:
+        for cache in call.cache:  # changes of an inference tensor cannot be seen
+            for name in (*COUNTERS, *PINS):
+                if isinstance(cache.get(name), torch.Tensor) and cache[name].is_inference():
+                    with torch.inference_mode(False):
+                        cache[name] = cache[name].clone()
+        return release_buffers(call.cache)
+
+    def check(self, call: Call, clip: Any) -> None:
+        name = clip.watch.changed(call.cache[0])
+        if name is not None:
+            raise RuntimeError(
+                f"kv_cache[0][{name!r}] was changed between forwards, to {int(call.cache[0][name])} tokens. A patched "
+                "model does not follow what a pipeline does to its cache beside a prompt re-cache: no kv_flush, no "
+                "pinned shot sink, no zeroed cache. Start a new video at frame 0, or unpatch()"
+            )
+
+    def advanced(self, call: Call, clip: Any) -> None:
+        clip.watch.advance(call.cache, *counters(call, clip))
+
+    def failed(self, call: Call, clip: Any) -> None:
+        clip.watch.remember(call.cache[0])  # the model may have changed them before it failed
+
+
+def counters(call: Call, clip: Any) -> tuple[int, int]:
+    """Where the backbone's counters stand after a forward, in tokens: the video's end, and its window's."""
+    end = max(call.end_frame, clip.finished_frames)
+    return end * call.tokens_per_frame, min(end, clip.config.window) * call.tokens_per_frame
 
 
 def _set(cache: Cache, name: str, value: int) -> None:
@@ -99,7 +126,7 @@ def _mark(counter: Any) -> tuple[Any, Any]:
     return counter, None
 
 
-def _same(seen: tuple[Any, Any], now: tuple[Any, Any]) -> bool:
+def _same(before: tuple[Any, Any], now: tuple[Any, Any]) -> bool:
     if isinstance(now[0], torch.Tensor):
-        return seen[0] is now[0] and seen[1] == now[1]
-    return bool(seen[0] == now[0])
+        return before[0] is now[0] and before[1] == now[1]
+    return bool(before[0] == now[0])

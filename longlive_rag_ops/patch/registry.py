@@ -63,19 +63,19 @@ def find_backbone(target: Any) -> tuple[torch.nn.Module, type[Adapter]]:
         UnknownBackbone: there is none. ValueError: there are several.
     """
     known = families()
-    found: list[tuple[str, torch.nn.Module, type[Adapter]]] = []
+    # A compiled model, or one with LoRA layers in it, passes on what it is asked for: the innermost is the model.
+    found: dict[int, tuple[str, torch.nn.Module, type[Adapter]]] = {}
     for name, module in _candidates(target):
         for adapter in known:
             if not adapter.missing(module):
-                found.append((name, module, adapter))
+                found[id(adapter(module).modules[0])] = name, module, adapter
                 break
-    distinct = {id(module): (name, module, adapter) for name, module, adapter in found}
-    if len(distinct) > 1:
-        names = ", ".join(sorted(name for name, _, _ in distinct.values()))
-        raise ValueError(f"model must hold one backbone, got {len(distinct)} ({names}): patch each of them")
-    if not distinct:
+    if len(found) > 1:
+        names = ", ".join(sorted(name for name, _, _ in found.values()))
+        raise ValueError(f"model must hold one backbone, got {len(found)} ({names}): patch each of them")
+    if not found:
         raise UnknownBackbone(_unknown(target, known))
-    _, module, adapter = next(iter(distinct.values()))
+    _, module, adapter = next(iter(found.values()))
     return module, adapter
 
 

@@ -164,7 +164,7 @@ class SanaRefiner(Adapter):
         return still.expand(POSITIONS, head_dim // 2, 2), list(default_split(head_dim))
 
     def attend(self, forward: Any, layer: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        attention = cast(Any, self.layers()[layer])
+        attention = self.modules[layer]
         x = args[0] if args else kwargs["hidden_states"]
         q, k, v = attention.norm_q(attention.to_q(x)), attention.norm_k(attention.to_k(x)), attention.to_v(x)
         q, k, v = (part.unflatten(2, (attention.heads, -1)) for part in (q, k, v))
@@ -235,7 +235,7 @@ class SanaRefiner(Adapter):
 
     def _angles(self, rotary: Angles) -> Angles:
         """Cosine and sine of each pair, ``(B, L, H, D // 2)``, of either kind of rotary embedding."""
-        attention = cast(Any, self.layers()[0])
+        attention = self.modules[0]
         if attention.rope_type == "split":
             cos, sin = (part.transpose(1, 2) for part in rotary)
         else:
@@ -244,7 +244,7 @@ class SanaRefiner(Adapter):
 
     def _turned(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """``(B, L, H, D)`` turned by angles of pairs, in float32 as the model does."""
-        split = cast(Any, self.layers()[0]).rope_type == "split"
+        split = self.modules[0].rope_type == "split"
         a, b = x.float().unflatten(3, (2, -1) if split else (-1, 2)).unbind(3 if split else 4)
         return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=3 if split else 4).flatten(3)
 

@@ -14,23 +14,21 @@ from typing import Any, cast
 import torch
 
 from ..rotary import rotary_table
-from .adapter import Adapter, Call, OwnWindow, lacking, whole_frames
-from .native_cache import CacheWatch, release_buffers
+from .adapter import Call, OwnWindow, lacking, whole_frames
+from .native_cache import GLOBAL_FRAMES, NativeCacheAdapter, counters, is_fresh
 
 MODEL = ("blocks", "freqs", "patch_size", "patch_embedding", "_forward_inference")
 ATTENTION = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads", "head_dim")
-GLOBAL_FRAMES = 21  # of a model without a window: what its cache of 32760 tokens holds
 # Keys are cached rotated to their own frame, or rotated anew with every forward: the code says so by what it calls.
 ROTATIONS = {"causal_online_rope": "slot", "block_relativistic_rope": "slot", "causal_rope_apply": "absolute"}
 
 
-class WanAdapter(Adapter):
+class WanAdapter(NativeCacheAdapter):
     """Base of the Wan families."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
         self._signature = inspect.signature(cast(Any, model)._forward_inference)
-        self._watch = CacheWatch()
 
     @classmethod
     def missing(cls, model: torch.nn.Module) -> list[str]:
@@ -77,12 +75,12 @@ class WanAdapter(Adapter):
             cache=cache,
             latents=lambda: x.transpose(1, 2),
             timestep=given.get("t"),
-            fresh=lambda: self._watch.is_fresh(cache[0]),
+            fresh=lambda: is_fresh(cache[0]),
             renew_sink=bool(given.get("sink_recache_after_switch", False)),
         )
 
     def own_window(self, call: Call) -> OwnWindow:
-        attention = cast(Any, self.layers()[0])
+        attention = self.modules[0]
         tokens = call.tokens_per_frame
         held = call.cache[0]["k"].shape[1] // tokens
         attended = getattr(attention, "max_attention_size", held * tokens) // tokens
@@ -98,14 +96,14 @@ class WanAdapter(Adapter):
 
     def own_rule(self) -> str | None:
         """The backbone's own rule of temporal positions; None where its code does not tell."""
-        attention = self.layers()[0]
+        attention = self.modules[0]
         if hasattr(attention, "compression_alpha"):  # Reward-Forcing rotates its whole window with every forward
             return "slot"
         called = _names(getattr(inspect.unwrap(type(attention).forward), "__code__", None))
         return next((rule for name, rule in ROTATIONS.items() if name in called), None)
 
     def attend(self, forward: Any, layer: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        module = cast(Any, self.layers()[layer])
+        module = self.modules[layer]
         x = args[0] if args else kwargs["x"]
         shape = (*x.shape[:2], module.num_heads, module.head_dim)
         v = module.v(x).view(shape)
@@ -129,20 +127,6 @@ class WanAdapter(Adapter):
         # The usual table can be made longer than the model's 1024 rows; one that differs is taken as it is.
         return None if torch.allclose(rows.double(), wan, rtol=0, atol=1e-9) else (rows, split)
 
-    def take_over(self, call: Call) -> Callable[[], None] | None:
-        return release_buffers(call.cache)
-
-    def began(self, call: Call) -> None:
-        self._watch.forget(call.cache[0])
-
-    def check(self, call: Call, clip: Any) -> None:
-        self._watch.check(call.cache[0])
-
-    def advanced(self, call: Call, clip: Any) -> None:
-        tokens = call.tokens_per_frame
-        end = max(call.end_frame, clip.finished_frames)
-        self._watch.advance(call.cache, end * tokens, min(end, clip.config.window) * tokens)
-
     def with_latents(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: torch.Tensor, start_frame: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -152,7 +136,8 @@ class WanAdapter(Adapter):
         tokens = (latents.shape[3] // patch[1]) * (latents.shape[4] // patch[2])
         x = latents.transpose(1, 2)
         given["x"] = x.to(given["x"][0].dtype) if isinstance(given["x"], torch.Tensor) else list(x)
-        given["t"] = given["t"][:, :1].expand(-1, latents.shape[1])
+        if given["t"].dim() == 2:  # one a frame
+            given["t"] = given["t"][:, :1].expand(-1, latents.shape[1])
         given["current_start"] = start_frame * tokens
         if "current_end" in given:
             given["current_end"] = (start_frame + latents.shape[1]) * tokens
@@ -206,6 +191,4 @@ class DeferredWan(WanAdapter):
 
 def with_counters(x: torch.Tensor, forward: Any) -> tuple[torch.Tensor, tuple[int, int, None]]:
     """What the model takes of a layer that defers its cache: nothing to write, and where its counters go, in tokens."""
-    tokens = forward.call.tokens_per_frame
-    end = max(forward.call.end_frame, forward.clip.finished_frames)
-    return x, (end * tokens, min(end, forward.clip.config.window) * tokens, None)
+    return x, (*counters(forward.call, forward.clip), None)
