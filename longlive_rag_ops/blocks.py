@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ class Block:
         placed: those among them whose pages are known to be in place.
         embeddings: ``(B, n, E)``, once they were given before the block is finished.
         remembered: its pages and embeddings are in the history; only the choice for the next block is missing.
+        tables: small tensors on the device that are the same in every layer and forward.
     """
 
     start: int
@@ -42,6 +44,7 @@ class Block:
     placed: set[int] = field(default_factory=set)
     embeddings: torch.Tensor | None = None
     remembered: bool = False
+    tables: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def planned(cls, start: int, frames: int, plan: torch.Tensor, device: torch.device, in_pool: bool) -> Block:

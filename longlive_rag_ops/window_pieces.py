@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,9 +81,7 @@ class WindowPieces:
             v,
             pool_layer,
             staging,
-            device_numbers(slots, self.device),
-            device_numbers(rows, self.device),
-            device_numbers(block.plan[0, POSITION, slots].tolist(), self.device),
+            *self._block_tables(block, slots, rows),
             rope,
             split,
             grid,
@@ -140,10 +138,11 @@ class WindowPieces:
         unknown = set(parts) - set(PARTS)
         if unknown:
             raise ValueError(f"parts must be of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-        table = self._part_slots(block, parts, exclude)
-        pool_layer = self._history.pages[layer]
+        key = frozenset(parts), tuple(sorted(exclude))
+        if key not in block.tables:
+            block.tables[key] = device_copy(self._part_slots(block, parts, exclude), self.device)
         return torch.ops.longlive.window_attend(
-            q, pool_layer, device_copy(table, self.device), scale=scale, return_lse=return_lse, engine=self.engine
+            q, self._history.pages[layer], block.tables[key], scale=scale, return_lse=return_lse, engine=self.engine
         )
 
     def rewrite(self, layer: int, k: torch.Tensor, v: torch.Tensor, start_frame: int, grid: Sequence[int]) -> None:
@@ -352,6 +351,14 @@ class WindowPieces:
                 self._staging[layer, :, row] = canonical[:, i]
         self._history.replace(layer, frames, canonical, v.unflatten(1, (len(frames), -1)))
         return rotated
+
+    def _block_tables(self, block: Block, slots: list[int], rows: list[int]) -> Iterator[torch.Tensor]:
+        """Window slots, staging rows and temporal positions of the block's frames, on the device."""
+        positions = block.plan[0, POSITION, slots].tolist()
+        for name, numbers in (("slots", slots), ("rows", rows), ("positions", positions)):
+            if name not in block.tables:
+                block.tables[name] = device_numbers(numbers, self.device)
+            yield block.tables[name]
 
     def _part_slots(self, block: Block, parts: Collection[str], exclude: Collection[int]) -> torch.Tensor:
         """``(B, W)`` on the host: the slots of the parts that hold a frame, the others -1."""

@@ -215,6 +215,25 @@ def test_a_forward_that_fails_can_be_made_again() -> None:
         assert len(calls) == 5 * 3 + 2
 
 
+def test_a_gap_in_mid_block_leaves_the_block_open() -> None:
+    model = ToyWan()
+    with patched(model, **MEMORY):
+        expected = Pipeline(model).run(5)
+    with patched(model, **MEMORY):
+        pipeline = Pipeline(model)
+        original, forwards = pipeline.forward, []
+
+        def jumping(x: Tensor, timestep: float) -> Tensor:
+            forwards.append(x)
+            if len(forwards) == 11:  # between a block's forwards
+                with pytest.raises(RuntimeError, match=r"frames must be 6 .. 7 again.*got frames 10 .. 11"):
+                    original(x, timestep, 10)
+            return original(x, timestep)
+
+        pipeline.forward = jumping  # type: ignore[method-assign, assignment]
+        assert torch.equal(pipeline.run(5), expected)
+
+
 def test_what_is_not_generation_is_left_alone() -> None:
     model = ToyWan()
     x, t = torch.randn(1, CHANNELS, 4, HEIGHT, WIDTH), torch.zeros(1, 4)

@@ -142,10 +142,11 @@ class Clip:
         return call.fresh()
 
     def close(self) -> None:
-        """The video is over; its bank is closed."""
+        """The video is over: its bank is closed, its memory given up."""
         if self.window is not None and self.window.bank is not None:
             self.window.bank.close()
-        self.window = None
+        self.window = self._open = self._last = None
+        self.switches = PromptSwitches(self.number, self.settings, self.log)
 
     def _config(self, call: Call) -> WindowConfig:
         own, settings = self.own, self.settings

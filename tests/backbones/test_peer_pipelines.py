@@ -66,8 +66,9 @@ def test_prompt_switches_without_memory(kind: str, global_sink: bool) -> None:
     assert torch.equal(generate(pipeline, 8, 15), expected)
 
 
-def test_prompt_switches_with_memory(caplog: pytest.LogCaptureFixture) -> None:
-    pipeline = longlive("native", True)
+@pytest.mark.parametrize("global_sink", [True, False])
+def test_prompt_switches_with_memory(caplog: pytest.LogCaptureFixture, global_sink: bool) -> None:
+    pipeline = longlive("native", global_sink)
     videos = {}
     for policy in ("keep", "drop", "recache"):
         caplog.clear()
@@ -93,3 +94,19 @@ def test_prompt_switches_with_memory(caplog: pytest.LogCaptureFixture) -> None:
     for a, b in (("keep", "drop"), ("keep", "recache"), ("drop", "recache")):
         assert torch.equal(videos[a][:, :21], videos[b][:, :21])
         assert not torch.allclose(videos[a][:, 24:], videos[b][:, 24:], atol=1e-4), (a, b)
+
+
+def test_lora_layers_are_no_second_model() -> None:
+    """LongLive's own inference puts them into the model, and calls its forward past them."""
+    peft = pytest.importorskip("peft")
+    pipeline = longlive("native", True)
+    model = pipeline.generator.model
+    torch.manual_seed(1)
+    lora = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q", "k", "v", "o"], init_lora_weights=False)
+    pipeline.generator.model = peft.get_peft_model(model, lora)
+    expected = generate(pipeline, 7, 15)
+    with patched(pipeline, top_k=0) as handle:
+        assert handle.model is model
+        assert float((generate(pipeline, 7, 15) - expected).abs().max()) < 1e-5
+        assert handle.stats()["prompt_switches"] == 1
+    assert torch.equal(generate(pipeline, 7, 15), expected)
