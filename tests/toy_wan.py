@@ -108,16 +108,17 @@ class ToyWan(nn.Module):
         grid = tuple(x.shape[2:])
         x = x.flatten(2).transpose(1, 2) + t.repeat_interleave(grid[1] * grid[2], 1)[..., None] / 1000
         for layer, block in enumerate(self.blocks):
-            x = block(x, grid, self.freqs, None if kv_cache is None else kv_cache[layer], current_start)
+            x = block(x, grid, self.freqs.to(x.device), None if kv_cache is None else kv_cache[layer], current_start)
         return self.head(x.transpose(1, 2).unflatten(2, grid))
 
 
 def caches(model: ToyWan, frames: int = 6, batch: int = 1) -> list[Any]:
-    attention = model.blocks[0].self_attn
+    attention, like = model.blocks[0].self_attn, model.head.weight
     shape = (batch, frames * TOKENS, attention.num_heads, attention.head_dim)
+    counters = ("global_end_index", "local_end_index")
     return [
-        {"k": torch.zeros(shape), "v": torch.zeros(shape)}
-        | {name: torch.zeros(1, dtype=torch.int64) for name in ("global_end_index", "local_end_index")}
+        {name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name in "kv"}
+        | {name: torch.zeros(1, dtype=torch.int64, device=like.device) for name in counters}
         for _ in model.blocks
     ]
 
@@ -133,11 +134,12 @@ class Pipeline:
     @torch.no_grad()
     def forward(self, x: Tensor, timestep: float, start: int | None = None) -> Tensor:
         frames = sum(block.shape[2] for block in self.blocks) if start is None else start
-        t = torch.full((x.shape[0], x.shape[2]), timestep)
+        t = torch.full((x.shape[0], x.shape[2]), timestep, device=x.device)
         return self.generator(x, t, kv_cache=self.cache, current_start=frames * TOKENS)
 
     def block(self, frames: int = 2, steps: tuple[float, ...] = STEPS, clean: bool = True) -> Tensor:
         x = torch.randn(self.batch, CHANNELS, frames, HEIGHT, WIDTH, generator=self.random)
+        x = x.to(self.cache[0]["k"])
         for step in steps:
             x = x - 0.5 * self.forward(x, step)
         if clean:
