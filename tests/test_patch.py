@@ -417,6 +417,9 @@ def test_adapters_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (info / "entry_points.txt").write_text(points.replace("Somebodys\n", "InPlaceWan.missing\n"), encoding="utf-8")
     with pytest.raises(TypeError, match=r"entry point 'somebodys'.*must be a subclass of"):
         patch(ToyWan())
+    (info / "entry_points.txt").write_text(points.replace("Somebodys\n", "Nobodys\n"), encoding="utf-8")
+    with pytest.warns(UserWarning, match="entry point 'somebodys' .* cannot be loaded"), patched(ToyWan(), **MEMORY):
+        pass
     sys.modules.pop("somebodys")
     with pytest.raises(TypeError, match="adapter must be a subclass"):
         register_adapter(int)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -44,7 +45,11 @@ def families() -> list[type[Adapter]]:
     """Every adapter: registered ones, those of other packages' entry points, then the package's own."""
     found = list(_registered)
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
-        adapter = point.load()
+        try:
+            adapter = point.load()
+        except Exception as error:  # somebody else's package; other families do not need it
+            warnings.warn(f"entry point {point.name!r} of {ENTRY_POINTS} cannot be loaded: {error}", stacklevel=3)
+            continue
         _check_adapter(adapter, f"entry point {point.name!r} of {ENTRY_POINTS}")
         found.append(adapter)
     for name in OWN:
