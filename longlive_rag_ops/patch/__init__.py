@@ -73,8 +73,8 @@ def patch(
         on_prompt_switch: what becomes of the history when a pipeline encodes its newest frames again with another
             prompt: ``keep`` (it stays, of the old prompt), ``drop``, ``recache`` (it is encoded again, in as many
             forwards as it takes).
-        max_clips: videos that may be under way together in this model; None: a new video ends the others, but those
-            that began together with it (guided sampling has two caches).
+        max_clips: videos that may be under way together in this model; None: a new video ends the others, but the one
+            used last when that is in its first block (guided sampling has two caches, which begin together).
 
     Raises:
         UnknownBackbone: (a TypeError) no family fits; the message lists them and what was missing.
