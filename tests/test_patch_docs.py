@@ -25,6 +25,8 @@ def test_the_template_of_an_adapter(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     (chosen,) = scope["handle"].retrieval_log[-1]["frames"]
     assert len(chosen) == 2 and str([chosen]) in capsys.readouterr().out
     assert scope["handle"].adapter.name == "VideoModel" and all(not cache for cache in scope["caches"])
+    with pytest.raises(ValueError, match="on_prompt_switch must be keep or drop for VideoModel"):
+        scope["longlive_rag_ops"].patch(scope["VideoModel"](), on_prompt_switch="recache")
     # What the docs tell to check: with its own window and without memory it is the model itself.
     model, caches = scope["VideoModel"]().eval(), ([[], []], [[], []])
     with torch.no_grad():

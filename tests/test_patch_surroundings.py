@@ -118,13 +118,13 @@ def test_caches_made_in_inference_mode() -> None:
     with torch.inference_mode():
         assert float((pipeline.run(5) - expected).abs().max()) < 1e-5
         pipeline.cache[0]["local_end_index"].fill_(3)
-        with pytest.raises(RuntimeError, match=r"kv_cache\[0\]\['local_end_index'\] was changed.*to 3 tokens"):
+        with pytest.raises(RuntimeError, match=r"kv_cache\[0\]\['local_end_index'\] was changed to 3 tokens"):
             pipeline.block()
     handle.unpatch()
     assert not handle.clips and pipeline.cache[0]["k"].shape[1] == 6 * TOKENS
 
 
-@pytest.mark.parametrize("change", ["written", "replaced"])
+@pytest.mark.parametrize("change", ["written", "replaced", "removed"])
 def test_counters_that_somebody_else_changes(change: str) -> None:
     model = ToyWan()
     with patched(model, **MEMORY):
@@ -133,9 +133,12 @@ def test_counters_that_somebody_else_changes(change: str) -> None:
         cache = pipeline.cache[0]
         if change == "written":
             cache["local_end_index"].fill_(2 * TOKENS)
-        else:
+        elif change == "replaced":
             cache["local_end_index"] = torch.tensor([2 * TOKENS])
-        with pytest.raises(RuntimeError, match=r"'local_end_index'\] was changed between forwards, to 12 tokens"):
+        else:
+            del cache["local_end_index"]
+        now = "removed" if change == "removed" else "changed to 12 tokens"
+        with pytest.raises(RuntimeError, match=rf"'local_end_index'\] was {now} between forwards"):
             pipeline.block()
 
 

@@ -99,8 +99,12 @@ def patch(
     )
     backbone, family = find_backbone(model)
     adapter = family(backbone)
+    # What can be known before the first forward is refused before the model is touched.
+    if on_prompt_switch == "recache" and family.with_latents is Adapter.with_latents:
+        raise ValueError(
+            f"on_prompt_switch must be keep or drop for {family.name}, which encodes no history again; got 'recache'"
+        )
     if window is not None and sink is not None:
-        # What can be known before the first forward is refused before the model is touched.
         settings.config(window, sink, "slot", adapter.frames_per_block() or 1)
     return Handle(backbone, adapter, settings)
 

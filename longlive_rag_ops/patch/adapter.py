@@ -177,9 +177,10 @@ class Adapter(ABC):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the same call over other finished frames, ``latents`` ``(B, F, C, H, W)``.
 
-        For the policy ``recache``, which encodes the history again after a change of prompt.
+        For the policy ``recache``, which encodes the history again after a change of prompt; `patch` refuses it for
+        families that leave this method as it is.
         """
-        raise NotImplementedError(f"on_prompt_switch='recache' is not there for {self.name}; use 'keep' or 'drop'")
+        raise NotImplementedError
 
 
 def lacking(owner: object, names: Sequence[str], what: str = "model") -> list[str]:

@@ -173,7 +173,7 @@ class Clip:
             table = table.to(device=k.device, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
         self.window = MemoryWindow(
             self.config,
-            layers=len(self.adapter.layers()),
+            layers=len(self.adapter.modules),
             batch=call.batch,
             tokens_per_frame=call.tokens_per_frame,
             kv_heads=k.shape[2],

@@ -92,10 +92,12 @@ class NativeCacheAdapter(Adapter):
     def check(self, call: Call, clip: Any) -> None:
         name = clip.watch.changed(call.cache[0])
         if name is not None:
+            counter = call.cache[0].get(name)
+            now = "removed" if counter is None else f"changed to {int(counter)} tokens"
             raise RuntimeError(
-                f"kv_cache[0][{name!r}] was changed between forwards, to {int(call.cache[0][name])} tokens. A patched "
-                "model does not follow what a pipeline does to its cache beside a prompt re-cache: no kv_flush, no "
-                "pinned shot sink, no zeroed cache. Start a new video at frame 0, or unpatch()"
+                f"kv_cache[0][{name!r}] was {now} between forwards. A patched model does not follow what a pipeline "
+                "does to its cache beside a prompt re-cache: no kv_flush, no pinned shot sink, no zeroed cache. Start "
+                "a new video at frame 0, or unpatch()"
             )
 
     def advanced(self, call: Call, clip: Any) -> None:
