@@ -13,7 +13,7 @@ SANITIZED ?= agree_with_the_oracle and triton and float16 and not bfloat16
 # The same list as in pyproject.toml, [build-system]. The extension is built without isolation: an isolated build makes
 # a new environment and compiles from nothing every time, this one reuses both, and CMake recompiles what has changed.
 BUILD_TOOLS = 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.13'
-EXTRAS = demo,dev,bench
+EXTRAS = demo,train,dev,bench
 
 # What the extension module is built from: a change in one of these rebuilds it.
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -57,6 +61,47 @@ def header_bytes(
     return size.to_bytes(8, "little") + text.ljust(size)
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a file, which is there whole or not at all; one that is there is replaced.
+
+    Args:
+        path: the file.
+        tensors: contiguous, on the CPU, in this order.
+        metadata: texts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header = header_bytes({name: (value.dtype, value.shape) for name, value in tensors.items()}, metadata)
+    with replacing(path) as file:
+        file.write(header)
+        for value in tensors.values():
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in a ``with`` block, which takes the place of ``path`` when the block ends well.
+
+    Raises:
+        OSError: it cannot be written; what was at ``path`` is as it was.
+    """
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp keeps everybody else out; a result is as readable as what the user writes otherwise.
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(partial).chmod(0o666 & ~mask)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
 def read_safetensors(path: Path, what: str = "file") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a file.
 
@@ -74,7 +119,7 @@ def read_safetensors(path: Path, what: str = "file") -> tuple[dict[str, str], di
     return parse_safetensors(raw, f"{what} {path}")
 
 
-def parse_safetensors(raw: bytearray, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def parse_safetensors(raw: bytearray | mmap.mmap, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a file's bytes; the tensors share their memory.
 
     Args:

@@ -14,7 +14,7 @@ from .codec import FRAMES_PER_LATENT, Codec, encode_stream
 from .settings import FRAMES_PER_BLOCK, OWN_VIDEO_BLOCKS, DemoSettings
 from .video import Size, VideoFacts, probe_video, read_frames
 
-__all__ = ["EDITS", "Cut", "Edit", "Footage", "Scene", "load_edit", "load_video"]
+__all__ = ["EDITS", "Cut", "Edit", "Footage", "Scene", "encode_video", "load_edit", "load_video"]
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,14 @@ class Footage:
         return None
 
 
-def _encode(
+def encode_video(
     path: Path, codec: Codec, size: Size, argument: str, limit: int | None, tick: Callable[[], None]
 ) -> tuple[torch.Tensor, NDArray[np.uint8]]:
-    """Latents (frames, 16, h, w) and thumbnails (frames, height, width, 3) of a file, at most ``limit``."""
+    """Latents (frames, 16, h, w) float32 and thumbnails (frames, height, width, 3) of a video, at most ``limit``.
+
+    Raises:
+        ValueError, RuntimeError: as ``read_frames``, under the name ``argument``.
+    """
     frames = read_frames(path, size, limit=None if limit is None else limit * FRAMES_PER_LATENT, argument=argument)
     latents, thumbnails = [], []
     for latent, thumbnail in islice(encode_stream(codec, frames), limit):
@@ -138,7 +142,7 @@ def load_edit(edit: Edit, codec: Codec, settings: DemoSettings, tick: Callable[[
     for name in dict.fromkeys(cut.clip for cut in edit.cuts):
         path = resolve(PREFIX + name)
         facts[name] = probe_video(path)
-        encoded[name] = _encode(path, codec, settings.size, f"sample clip {name!r}", None, tick)
+        encoded[name] = encode_video(path, codec, settings.size, f"sample clip {name!r}", None, tick)
     scenes: list[Scene] = []
     sources: list[tuple[str, int]] = []
     for cut in edit.cuts:
@@ -168,7 +172,7 @@ def load_video(
     blocks = settings.blocks or OWN_VIDEO_BLOCKS
     facts = probe_video(path)
     # One block more than is streamed is read, to be able to say that there was more.
-    latents, thumbnails = _encode(path, codec, settings.size, "--video", (blocks + 1) * FRAMES_PER_BLOCK, tick)
+    latents, thumbnails = encode_video(path, codec, settings.size, "--video", (blocks + 1) * FRAMES_PER_BLOCK, tick)
     whole = latents.shape[0] if latents.numel() else 0
     if whole < settings.shortest:
         raise ValueError(
