@@ -1,9 +1,10 @@
-"""``longlive-rag replay``: drives recorded attention traces through the public ops and compares."""
+"""``longlive-rag replay``: runs what was recorded of attention or of an embedder again, and compares."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,9 +15,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command."""
     parser = subparsers.add_parser(
         "replay",
-        help="replay a recorded attention trace and compare",
-        description="Prints, per block, the frames chosen, whether they equal the recorded ones, and the largest error "
-        "of the outputs relative to their root mean square. Exits 1 when a choice differs or an error exceeds 2e-5.",
+        help="replay a recorded attention trace or embedder and compare",
+        description="Attention: prints, per block, the frames chosen, whether they equal the recorded ones, and the "
+        "largest error of the outputs relative to their root mean square. Embedder: prints the error of embeddings, "
+        "reconstruction and each loss. Exits 1 when a choice differs or an error exceeds 2e-5 (embedder: 1e-5).",
     )
     parser.add_argument("traces", nargs="+", metavar="TRACE.safetensors", help="recorded traces")
     parser.add_argument(
@@ -35,27 +37,52 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from ..embedder.recording import is_recording
     from ..engines import check_engine
-    from ..replay import replay
-    from ..traces import load_trace
+    from ..safetensors_file import read_safetensors
 
     check_engine(args.engine)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: torch finds no CUDA device on this machine; allowed here: cpu")
     failed = 0
-    for path in args.traces:
-        trace = load_trace(path)
-        print(f"{path}: {trace.config['blocks']} blocks, engine {args.engine}, device {args.device}")
-        results = []
-        for result in replay(trace, args.engine, args.device):
-            print(_line(result))
-            results.append(result)
-        wrong = sum(not result.passed for result in results)
-        worst = max((result.error for result in results), default=0.0)
-        verdict = "agrees with the recording" if not wrong else f"{wrong} of {len(results)} blocks DIFFER"
-        print(f"  {verdict}; largest error {worst:.1e} of the output's root mean square (allowed 2e-05)")
-        failed += wrong > 0
+    for name in args.traces:
+        path = Path(name)
+        embedder = is_recording(*read_safetensors(path, "trace"))
+        agrees = _replay_embedder(path, args.device) if embedder else _replay_attention(path, args.engine, args.device)
+        failed += not agrees
     return 1 if failed else 0
+
+
+def _replay_attention(path: Path, engine: str, device: str) -> bool:
+    from ..replay import TOLERANCE, replay
+    from ..traces import load_trace
+
+    trace = load_trace(path)
+    print(f"{path}: {trace.config['blocks']} blocks, engine {engine}, device {device}")
+    results = []
+    for result in replay(trace, engine, device):
+        print(_line(result))
+        results.append(result)
+    wrong = sum(not result.passed for result in results)
+    worst = max((result.error for result in results), default=0.0)
+    verdict = "agrees with the recording" if not wrong else f"{wrong} of {len(results)} blocks DIFFER"
+    print(f"  {verdict}; largest error {worst:.1e} of the output's root mean square (allowed {TOLERANCE:.0e})")
+    return wrong == 0
+
+
+def _replay_embedder(path: Path, device: str) -> bool:
+    from ..embedder.recording import TOLERANCE, compare, load_recording
+
+    recording = load_recording(path)
+    clips, frames = recording.tensors["input"].shape[:2]
+    print(f"{path}: an embedder, {clips} clips of {frames} frames, {recording.model.config}, device {device}")
+    results = list(compare(recording, device))
+    for result in results:
+        print(f"  {result.name:<28}  error {result.error:.1e}{'' if result.passed else '  <- fails'}")
+    wrong = sum(not result.passed for result in results)
+    verdict = "agrees with the recording" if not wrong else f"{wrong} of {len(results)} tensors DIFFER"
+    print(f"  {verdict}; errors are of the recorded root mean square (allowed {TOLERANCE:.0e})")
+    return wrong == 0
 
 
 def _line(result: BlockResult) -> str:

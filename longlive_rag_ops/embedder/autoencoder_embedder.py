@@ -89,13 +89,13 @@ class AutoencoderEmbedder(nn.Module):
         if self.encoder.fc.weight.device != frames.device:
             self.to(frames.device)
         # Not inference mode: what the caller does with the embeddings afterwards is not ours to restrict.
-        with torch.no_grad(), _ieee(frames):
+        with torch.no_grad(), ieee_convolutions(frames):
             found = self._encode(frames.to(dtype=self.dtype, memory_format=torch.channels_last))
             return F.normalize(found.to(wide), dim=-1)
 
 
 @contextmanager
-def _ieee(frames: torch.Tensor) -> Iterator[None]:
+def ieee_convolutions(frames: torch.Tensor) -> Iterator[None]:
     """Float32 convolutions and products on CUDA without TF32, which cuDNN otherwise takes for the former."""
     if not frames.is_cuda or torch.compiler.is_compiling():
         yield
