@@ -286,7 +286,11 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
         ({"window": 0}, ValueError, "window must be at least 1, got 0"),
         ({"sink": -1}, ValueError, "sink must be at least 0, got -1"),
         ({"top_k": 1.5}, TypeError, "top_k must be an int"),
-        ({"embedder": "autoencoder"}, ValueError, "embedder must be a callable or one of average_pool"),
+        (
+            {"embedder": "autoencoder"},
+            ValueError,
+            "embedder must be a callable, one of average_pool, grid_pool, or a checkpoint",
+        ),
         ({"embedder": 3}, TypeError, "embedder must be a callable"),
         ({"position_rule": "middle"}, ValueError, "position_rule must be one of slot, absolute, before_window"),
         ({"on_prompt_switch": "forget"}, ValueError, "on_prompt_switch must be one of keep, drop, recache"),

@@ -75,8 +75,8 @@ def load_recording(path: str | Path) -> Recording:
     model = autoencoder_from(config, state, name)
     frames = tensors.get("input")
     if frames is None or frames.dim() != 5 or tuple(frames.shape[2:]) != model.config.frame_shape or not frames.numel():
-        got = None if frames is None else tuple(frames.shape)
-        raise ValueError(f"{name}: tensor input must be (clips, T, {model.config.frame_shape}), got {got}")
+        size = None if frames is None else tuple(frames.shape)
+        raise ValueError(f"{name}: tensor input must be (clips, T, {model.config.frame_shape}), got {size}")
     count = frames.shape[0] * frames.shape[1]
     expected = {
         "input": tuple(frames.shape),

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..embedder import Embedder, find_embedder
 from .adapter import Adapter, Call, OwnWindow
-from .clip import Clip, Forward
+from .block_embedding import key_layer
+from .clip import Clip
+from .forward import Forward
 from .handle import Handle
 from .registry import UnknownBackbone, families, find_backbone, register_adapter
 from .settings import Settings
@@ -42,7 +45,7 @@ def patch(
     sink: int | None = None,
     top_k: int = 6,
     recent_exclude: int = 5,
-    embedder: str | Embedder = "average_pool",
+    embedder: str | os.PathLike[str] | Embedder = "average_pool",
     position_rule: str | None = None,
     frames_per_block: int | None = None,
     min_score: float | None = None,
@@ -62,8 +65,9 @@ def patch(
         model: a model of a known family, or a pipeline that holds one.
         window, sink: frames attended to at most, and how many of the first ones always; None: the backbone's own.
         top_k, recent_exclude, min_score, diversity: what is retrieved, see `WindowConfig`.
-        embedder: callable that turns finished latent frames ``(N, C, H, W)`` into embeddings ``(N, E)``, or a name of
-            `embedder.EMBEDDERS`.
+        embedder: what turns finished latent frames ``(N, C, H, W)`` into embeddings ``(N, E)``: a callable, a name of
+            `embedder.EMBEDDERS`, or a checkpoint of a retrieval autoencoder. One with an int attribute ``key_layer``
+            gets un-rotated keys of that layer instead, ``(N, tokens_per_frame, kv_heads, head_dim)``.
         position_rule: ``slot``, ``absolute`` or ``before_window``, see `WindowConfig`; None: as published with memory
             (``slot`` for descendants of Wan), else the backbone's own.
         frames_per_block: most frames generated together; None: what the model says, or its first forward has.
@@ -99,6 +103,7 @@ def patch(
     )
     backbone, family = find_backbone(model)
     adapter = family(backbone)
+    key_layer(settings.embedder, len(adapter.modules))
     # What can be known before the first forward is refused before the model is touched.
     if on_prompt_switch == "recache" and family.with_latents is Adapter.with_latents:
         raise ValueError(

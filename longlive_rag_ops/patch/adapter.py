@@ -18,7 +18,8 @@ import torch
 from ..config import check_int
 
 if TYPE_CHECKING:
-    from .clip import Clip, Forward
+    from .clip import Clip
+    from .forward import Forward
     from .settings import Settings
 
 Forwarder = Callable[..., Any]
@@ -123,7 +124,8 @@ class Adapter(ABC):
         """What a self-attention module's ``forward`` does instead, and returns in the backbone's own convention.
 
         Args:
-            forward: the call under way; ``forward.attend(layer, q, k, v)`` is the attention.
+            forward: the call under way; ``forward.attend(layer, q, k, v)`` is the attention. An attention that is
+                not one call uses ``forward.prepare(layer, k, v)`` in each layer, which gives the window.
             layer: number of the module.
             original: its own forward.
         """

@@ -108,7 +108,7 @@ class AnyFlow(Adapter):
         x = args[0] if args else kwargs["hidden_states"]
         q, k, v = attention.norm_q(attention.to_q(x)), attention.norm_k(attention.to_k(x)), attention.to_v(x)
         q, k, v = (part.to(x.dtype).unflatten(2, (attention.heads, -1)) for part in (q, k, v))
-        call, window = forward.call, forward.prepare(k, v)
+        call, window = forward.call, forward.prepare(layer, k, v)
         compressed = sum(call.chunks[: -self._config.full_chunk_limit])
         rotated = window.write(layer, q, k, v, call.start_frame, call.grid)
         # Chunks differ in length: the local part may reach back into one that the model has compressed.
@@ -157,7 +157,7 @@ class AnyFlow(Adapter):
 
         old = k.shape[1] - call.frames
         newest = pages(k, old, k.shape[1]), pages(v, old, v.shape[1])
-        window = forward.prepare(*newest)
+        window = forward.prepare(layer, *newest)
         window.write(layer, newest[0], *newest, call.start_frame, call.grid)
         config = window.config
         held = local_frames(call.start_frame, call.frames, config.sink, config.local)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,58 +12,13 @@ import torch
 from ..config import WindowConfig
 from ..window import MemoryWindow
 from .adapter import Adapter, Call, OwnWindow
+from .block_embedding import BlockEmbedding
+from .forward import Forward
 from .native_cache import CacheWatch
 from .prompt_switch import PromptSwitches
 from .settings import Settings
 
 MOST_ENTRIES = 10_000  # of the retrieval log: some hours of video
-
-
-@dataclass
-class Forward:
-    """One forward of the model that is under way.
-
-    Attributes:
-        clip: the video.
-        call: what the forward is.
-        recache: it encodes finished frames again.
-        clean: the block is final after it.
-    """
-
-    clip: Clip
-    call: Call
-    recache: bool = False
-    clean: bool = False
-
-    @property
-    def window(self) -> MemoryWindow:
-        """The video's window, for adapters whose attention is not one call of `attend`. Made by `prepare`."""
-        window = self.clip.window
-        if window is None:
-            raise RuntimeError("prepare must come first: the window's shapes are not known yet")
-        return window
-
-    def prepare(self, k: torch.Tensor, v: torch.Tensor) -> MemoryWindow:
-        """The window, made on the first call for keys and values ``(B, n*T, Hkv, D)``."""
-        self.clip.prepare(self.call, k, v)
-        return self.window
-
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
-    ) -> torch.Tensor:
-        """Attention over sink, retrieved memory and local part: ``torch.ops.longlive.retrieve_attend``.
-
-        Args:
-            layer: of the backbone.
-            q: ``(B, n*T, Hq, D)``, k and v ``(B, n*T, Hkv, D)``: before rotation, in one dtype, tokens frame-major.
-
-        Returns:
-            ``(B, n*T, Hq, D)``, before the output projection.
-        """
-        call, window = self.call, self.prepare(k, v)
-        if self.recache:
-            return window.recache(layer, q, k, v, call.start_frame, call.grid, renew_sink=call.renew_sink, scale=scale)
-        return window.attend(layer, q, k, v, call.start_frame, call.grid, scale=scale)
 
 
 class Clip:
@@ -117,6 +72,8 @@ class Clip:
         self._forwards = 0  # of the open block
         self._usual: tuple[int, float | None] | None = None  # forwards of the last block, its last timestep
         self._last: Call | None = None  # the block that was finished last
+        self._embedding = BlockEmbedding(self.settings, len(self.adapter.modules))
+        self._searched = 0  # number of the forward whose embeddings the window searches with
         if self.window is not None:
             self.window.reset()
         again = self.adapter.take_over(call)
@@ -163,15 +120,20 @@ class Clip:
         frames = max(self.adapter.frames_per_block() or 0, call.frames)
         return settings.config(own.window, own.sink, rule, frames)
 
-    def prepare(self, call: Call, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Makes the window when there is none yet."""
-        if self.window is not None:
-            return
+    def prepare(self, forward: Forward, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Makes the window when there is none yet, and embeds the keys of the embedder's layer."""
+        if self.window is None:
+            self.window = self._new_window(forward.call, k, v)
+        if layer == self._embedding.layer and not forward.recache:
+            self._embedding.take_keys(forward.call, k)
+            self._retrieve(forward)
+
+    def _new_window(self, call: Call, k: torch.Tensor, v: torch.Tensor) -> MemoryWindow:
         head_dim, settings = k.shape[3], self.settings
         table, split = self.adapter.rotary(head_dim) or (None, None)
         if table is not None:
             table = table.to(device=k.device, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
-        self.window = MemoryWindow(
+        return MemoryWindow(
             self.config,
             layers=len(self.adapter.modules),
             batch=call.batch,
@@ -205,15 +167,15 @@ class Clip:
             self._refuse(call)
         self._check_length(call)
         if self._open is None:
-            self._forwards = 0
+            self._forwards = self._searched = 0
+            self._embedding.begin_block()
         self._forwards += 1
         clean = self._is_clean(call)
         # The block may be found to be final only when the next one begins, and pipelines use their buffers again.
         self._open = call if clean else self._copied(call)
         forward = Forward(self, call, clean=clean)
-        if forward.clean and self.window is not None and self.window.block_is_whole:
-            # What is found is fetched while the forward runs.
-            self.window.retrieve(call.start_frame, self._embeddings(call))
+        if self.config.top_k > 0 and self._embedding.layer is None:
+            self._retrieve(forward)
         return forward
 
     def end(self, forward: Forward) -> None:
@@ -238,13 +200,28 @@ class Clip:
             return False
         return call.timestep is not None and _largest(call.timestep) == self._usual[1]
 
+    def _retrieve(self, forward: Forward) -> None:
+        """In the block's last forward, when it is known to be that: what is found is fetched while the rest of it runs.
+
+        Embeddings may come in any of its layers: all of them have attended before, and the search changes no page.
+        """
+        if forward.clean and self.window is not None and self.window.block_is_whole:
+            self.window.retrieve(forward.call.start_frame, self._embedding.of(forward.call))
+            self._searched = self._forwards
+
     def _finish(self, early: bool = False) -> None:
         """The open block is final: its last forward was the clean one; ``early``: that forward said so itself."""
         call, window = self._open, self.window
         if call is None or window is None:
             raise RuntimeError("no forward of the open block has come as far as its attention: make it again")
         wanted = self.config.top_k > 0
-        window.finish(call.start_frame, self._embeddings(call) if wanted and not window.searched else None)
+        embeddings = None
+        if wanted and not (window.searched and self._searched == self._forwards):
+            embeddings = self._embedding.of(call)
+            if window.searched:  # with those of a forward that failed; another one took its place
+                window.retrieve(call.start_frame, embeddings)
+                embeddings = None
+        window.finish(call.start_frame, embeddings)
         if not early and wanted:
             self._usual = self._forwards, None if call.timestep is None else _largest(call.timestep)
         self.finished_frames = call.end_frame
@@ -253,16 +230,6 @@ class Clip:
         if wanted:
             entry = {"event": "retrieval", "clip": self.number, "block": call.end_frame}
             self.log.append(entry | {"frames": window.selected, "scores": window.selected_scores})
-
-    def _embeddings(self, call: Call) -> torch.Tensor:
-        """``(B, n, E)`` of the call's frames."""
-        latents = call.latents()
-        found = self.settings.embedder(latents.flatten(0, 1))
-        frames = latents.shape[0] * latents.shape[1]
-        if not isinstance(found, torch.Tensor) or found.dim() != 2 or found.shape[0] != frames:
-            got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-            raise ValueError(f"embedder must return ({frames}, E) for frames {(frames, *latents.shape[2:])}, got {got}")
-        return found.unflatten(0, latents.shape[:2])
 
     def _begin_recache(self, call: Call) -> Forward:
         last = self._last
@@ -290,9 +257,11 @@ class Clip:
     def _copied(self, call: Call) -> Call:
         if self.config.top_k == 0:
             return call
+        call = replace(call, timestep=None if call.timestep is None else call.timestep.clone())
+        if self._embedding.layer is not None and not self.switches.needs_latents:
+            return call
         latents = call.latents().clone()
-        timestep = None if call.timestep is None else call.timestep.clone()
-        return replace(call, latents=lambda: latents, timestep=timestep)
+        return replace(call, latents=lambda: latents)
 
     def _check_length(self, call: Call) -> None:
         config = self.config

@@ -14,7 +14,9 @@ import torch
 
 from ..window import MemoryWindow
 from .adapter import Adapter, Call
-from .clip import MOST_ENTRIES, Clip, Forward
+from .block_embedding import embedder_name
+from .clip import MOST_ENTRIES, Clip
+from .forward import Forward
 from .settings import Settings
 
 MOST_ENDED = 16  # videos whose caches are remembered, to give them their buffers back
@@ -64,8 +66,9 @@ class Handle:
         return list(self._clips.values())
 
     def stats(self) -> dict[str, Any]:
-        """Counters: ``family``, ``videos`` begun, ``prompt_switches``, and for each video under way in ``clips`` its
-        number, finished ``frames``, sizes of the window and `MemoryWindow.stats`, with those of its bank."""
+        """Counters: ``family``, ``embedder`` (its name), ``videos`` begun, ``prompt_switches``, and for each video
+        under way in ``clips`` its number, finished ``frames``, sizes of the window and `MemoryWindow.stats`, with those
+        of its bank."""
         clips = []
         for clip in self._clips.values():
             found: dict[str, Any] = {"clip": clip.number, "frames": clip.finished_frames, "config": clip.config}
@@ -76,6 +79,7 @@ class Handle:
             clips.append(found)
         return {
             "family": self.adapter.name,
+            "embedder": embedder_name(self._settings.embedder),
             "videos": self._videos,
             "prompt_switches": self._switches,
             "clips": clips,

@@ -36,9 +36,14 @@ class PromptSwitches:
         self._latents: list[tuple[range, HostCopy]] = []
         self._last: tuple[int, int, int] | None = None
 
+    @property
+    def needs_latents(self) -> bool:
+        """Whether a finished block's latents are kept, for policy ``recache``."""
+        return self.policy == "recache"
+
     def keep_latents(self, call: Call) -> None:
         """A block is final; policy ``recache`` needs its latents."""
-        if self.policy == "recache":
+        if self.needs_latents:
             self._latents.append((range(call.start_frame, call.end_frame), HostCopy(call.latents())))
 
     def begin(self, call: Call, finished: int, window: MemoryWindow) -> bool:

@@ -170,7 +170,7 @@ class SanaRefiner(Adapter):
         q, k, v = (part.unflatten(2, (attention.heads, -1)) for part in (q, k, v))
         angles = self._angles(kwargs["query_rotary_emb"])
         turned = self._turned(q, *angles)
-        call, window = forward.call, forward.prepare(k, v)
+        call, window = forward.call, forward.prepare(layer, k, v)
         geometry = self._layout(call, window)
         canonical = None if geometry.first is None else self._turned(k, *geometry.first).to(v.dtype)
         query = window.write(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from simulator import Rules, choose
 from window_pair import one_thread  # noqa: F401 (a fixture)
 
 pytest.importorskip("diffusers")
@@ -16,6 +17,7 @@ from diffusers.models.transformers import transformer_anyflow_far as far
 from diffusers.models.transformers import transformer_sana_wm_refiner as wm
 from diffusers.pipelines.sana_wm import refiner
 
+from longlive_rag_ops.embedder import MeanKeys
 from longlive_rag_ops.patch import Handle, patch
 
 pytestmark = [
@@ -51,6 +53,28 @@ def check_chosen(chosen: Chosen, handle: Handle) -> None:
         for frames in samples:
             assert len(frames) == min(config.top_k, len(eligible)) == len(set(frames))
             assert set(frames) <= set(eligible)
+
+
+def check_chosen_by_keys(handle: Handle, normed: list[torch.Tensor], blocks: list[tuple[int, int]]) -> None:
+    """Choices are by the means of a layer's keys, as its norm has returned them.
+
+    Args:
+        normed: outputs of the norm ``(1, tokens, channels)``, the last ones those of the block's frames, for each block
+            that of its clean forward.
+        blocks: frames of each block, and tokens of a frame.
+    """
+    config, means, ends = handle.clips[-1].config, torch.empty(0), []
+    for keys, (frames, tokens) in zip(normed, blocks, strict=True):
+        means = torch.cat([means, keys[0, -frames * tokens :].unflatten(0, (frames, tokens)).mean(1)])
+        ends.append(len(means))
+    rules = Rules(config.window, config.sink, config.top_k, config.recent_exclude)
+    expected = {
+        end: [
+            [frame for frame, _ in choose(means[end - 1], {f: means[f] for f in rules.candidates(end)}, config.top_k)]
+        ]
+        for end in ends
+    }
+    assert chosen_frames(handle, 1) == expected and any(any(frames) for frames in expected.values())
 
 
 # AnyFlow
@@ -210,6 +234,22 @@ def test_anyflow_videos_do_not_see_each_other(anyflow: AnyFlowFARPipeline) -> No
             handle.unpatch()
         videos.append(video)
     assert torch.equal(videos[0], videos[1])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_anyflow_searches_by_keys(anyflow: AnyFlowFARPipeline, layer: int) -> None:
+    """Of the cache step, whose newest tokens are the chunk's."""
+    outputs: list[torch.Tensor] = []
+    norm = anyflow.transformer.blocks[layer].attn1.norm_k
+    hook = norm.register_forward_hook(lambda module, args, out: outputs.append(out))
+    handle = patch(anyflow, embedder=MeanKeys(layer), top_k=2, recent_exclude=1)
+    try:
+        make_anyflow_video(anyflow, LONG)
+        clean = outputs[2::3]  # two denoising steps, one cache step
+        check_chosen_by_keys(handle, clean, [(frames, 8) for frames in LONG][: len(clean)])
+    finally:
+        handle.unpatch()
+        hook.remove()
 
 
 def anyflow_caches(tokens: int = 8) -> dict[int, dict[str, torch.Tensor]]:
@@ -429,6 +469,29 @@ def test_sana_attends_to_retrieved_frames(
         for block in model.transformer_blocks:
             block.attn1.processor = wm.SanaWMLTX2RefinerAttnProcessor()
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_sana_searches_by_keys(sana: SanaPipeline, layer: int) -> None:
+    outputs: dict[int, torch.Tensor] = {}
+    calls: list[int] = []
+    model = sana.transformer
+    norm = model.transformer_blocks[layer].attn1.norm_k
+    hook = norm.register_forward_hook(lambda module, args, out: outputs.__setitem__(calls[-1], out))
+    handle = patch(sana, embedder=MeanKeys(layer), top_k=3, recent_exclude=2)
+    begin = model.register_forward_pre_hook(  # a block's last output is of the forward that captures it
+        lambda module, args, kwargs: calls.append(handle.clips[0].finished_frames if handle.clips else 0),
+        with_kwargs=True,
+    )
+    try:
+        make_sana_video(sana, frames=33)
+        starts = sorted(outputs)
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], 33], strict=True)]
+        check_chosen_by_keys(handle, [outputs[start] for start in starts], [(frames, 6) for frames in lengths])
+    finally:
+        handle.unpatch()
+        hook.remove()
+        begin.remove()
 
 
 def test_sana_videos_do_not_see_each_other(sana: SanaPipeline) -> None:
