@@ -24,13 +24,14 @@ class Absent(Exception):
 
 @dataclass
 class Entrant:
-    """Something to check and time; ``check`` returns what is wrong, or an empty string."""
+    """To check and time: ``check`` returns what is wrong, or an empty string; ``launched`` as in `Contender`."""
 
     name: str
     calls: Sequence[Call]
     check: Callable[[], str] | None = None
     flops: int = 0
     bytes: int = 0
+    launched: bool = False
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Bench:
             except Exception as error:  # one that fails must not stop the others
                 row.trouble, row.wrong = f"FAILED, {first_line(error)}", True
             if not row.trouble:
-                ready.append(Contender(entrant.name, entrant.calls))
+                ready.append(Contender(entrant.name, entrant.calls, entrant.launched))
         for name, timing in self.timer.measure(ready).items():
             rows[name].seconds, rows[name].mode = timing.seconds, timing.mode
         section.rows += rows.values()

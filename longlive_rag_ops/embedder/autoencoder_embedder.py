@@ -48,13 +48,17 @@ class AutoencoderEmbedder(nn.Module):
         if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
         self.config: AutoencoderConfig = autoencoder.config
-        self.dtype = dtype
         encoder = type(autoencoder.encoder)(self.config)
         encoder.load_state_dict(autoencoder.encoder.state_dict())
         encoder.eval().requires_grad_(False)
         self.encoder = encoder.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        options = compile if isinstance(compile, dict) else {}
-        self._encode = torch.compile(self.encoder, fullgraph=True, **options) if compile is not False else self.encoder
+        if compile is not False:
+            self.encoder.compile(fullgraph=True, **(compile if isinstance(compile, dict) else {}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.encoder.fc.weight.dtype
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> AutoencoderEmbedder:
@@ -90,7 +94,7 @@ class AutoencoderEmbedder(nn.Module):
             self.to(frames.device)
         # Not inference mode: what the caller does with the embeddings afterwards is not ours to restrict.
         with torch.no_grad(), ieee_convolutions(frames):
-            found = self._encode(frames.to(dtype=self.dtype, memory_format=torch.channels_last))
+            found = self.encoder(frames.to(dtype=self.dtype, memory_format=torch.channels_last))
             return F.normalize(found.to(wide), dim=-1)
 
 
@@ -102,10 +106,19 @@ def ieee_convolutions(frames: torch.Tensor) -> Iterator[None]:
         return
     cudnn: Any = torch.backends.cudnn
     chosen = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    # Both: torch raises when somebody, its own compiler included, asks for the common choice and they differ.
+    try:
+        old = cudnn.allow_tf32
+    except RuntimeError:  # the new names differ from it already: it cannot be asked for, and is let be
+        old = False
+    # torch keeps one choice for both under an old name, and raises when somebody, its own compiler included, asks for
+    # that while it differs from the new ones.
+    if old:
+        cudnn.allow_tf32 = False
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     try:
         with ieee_products():
             yield
     finally:
+        if old:
+            cudnn.allow_tf32 = True
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = chosen
