@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 FASTVIDEO ?= fastvideo==0.2.1
 DEMO_OUT ?= demo_out
+EMBEDDER ?=
 BENCH_OUT ?= bench_out
 # Tools of compute-sanitizer, and the tests they run: each op once by the Triton engine.
 SANITIZE ?= memcheck racecheck
@@ -71,6 +72,7 @@ help:
 	@echo 'VENV=none            use PYTHON as it is: nothing is downloaded, only this package is installed into it'
 	@echo "TORCH='torch==2.13.0'   what pip installs as torch; to this an --index-url may be added, for a smaller CPU build"
 	@echo "TRITON='triton==3.7.1'  what pip installs where torch brings no Triton: tests run its kernels in the interpreter"
+	@echo 'EMBEDDER=trained        what demo searches by: the package'\''s trained embedder, or a checkpoint file of your own'
 	@echo 'LONGLIVE_PEERS=FOLDER   where test-backbones finds checkouts of backbones that no package has'
 	@echo 'LONGLIVE_BUILD_CUDA=auto|1|0   compile CUDA sources when nvcc is found | or fail | never'
 
@@ -108,7 +110,7 @@ endif
 
 demo: $(INSTALLED)
 	@echo 'demo: writing to $(DEMO_OUT)'
-	@$(RUN) -m longlive_rag_ops demo --out $(DEMO_OUT)
+	@$(RUN) -m longlive_rag_ops demo --out $(DEMO_OUT) $(if $(EMBEDDER),--embedder '$(EMBEDDER)')
 
 test: test-cpp test-python
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What the build reads; the copy keeps tests of the build from each other and from the checkout's own build folder.
 SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE")
 SOURCES += ("csrc", "triton_kernels", "longlive_rag_ops")
+DATA = ("*.npz", "*.safetensors")  # kinds of files that the package reads
 SYSTEM_LIBRARIES = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2"}
 
 # Torch's own dependencies (by what they install), and what those and Python's tools may import in turn.
@@ -78,7 +79,7 @@ def test_wheel_installs_one_module_with_everything_in_it(wheel: Path, checkout: 
     assert kernels == {name for name in names if "triton_kernels" in name}
     assert kernels
     package = checkout / "longlive_rag_ops"
-    sources = {path.relative_to(checkout).as_posix() for kind in ("*.py", "*.npz") for path in package.rglob(kind)}
+    sources = {path.relative_to(checkout).as_posix() for kind in ("*.py", *DATA) for path in package.rglob(kind)}
     sources |= {"longlive_rag_ops/py.typed"}
     assert sources - set(names) == set()
     assert len([name for name in names if re.fullmatch(r"longlive_rag_ops/_C\..*so", name)]) == 1
@@ -166,6 +167,14 @@ def test_importing_the_package_imports_torch_and_numpy_only() -> None:
     assert kernels == "longlive_rag_ops.triton_kernels"
     assert set(third.split()) - ALLOWED == set()
     assert triton == ""
+
+
+def test_every_kind_of_data_is_packed(checkout: Path) -> None:
+    packed = re.search(r'^"longlive_rag_ops.demo" = \[(.*)\]$', (checkout / "pyproject.toml").read_text(), re.MULTILINE)
+    assert packed is not None
+    assert sorted(re.findall(r'"(.*?)"', packed[1])) == sorted(DATA)
+    others = {path for path in (checkout / "longlive_rag_ops").rglob("*") if path.suffix in (".npz", ".safetensors")}
+    assert {path.parent.name for path in others} == {"demo"}
 
 
 def test_makefile_installs_the_build_requirements(checkout: Path) -> None:

@@ -53,6 +53,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         choices=("error", "oldest", "least_retrieved", "most_redundant"),
         help="what is forgotten when the bank is full (default oldest)",
     )
+    parser.add_argument(
+        "--embedder",
+        default="grid_pool",
+        metavar="NAME",
+        help="what makes the vectors searched: grid_pool, average_pool, trained (the package's own small autoencoder), "
+        "or a checkpoint of a retrieval autoencoder (default %(default)s)",
+    )
     parser.add_argument("--blocks", type=int, default=0, metavar="N", help="stream at most N blocks of 3 latent frames")
     parser.add_argument(
         "--size", default="320x176", metavar="WxH", help="frame size, multiples of 16 (default %(default)s)"
@@ -88,6 +95,7 @@ def _bank(args: argparse.Namespace) -> "BankConfig | None":
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..demo.embedding import find_demo_embedder
     from ..demo.settings import DemoSettings, parse_size
     from ..demo.show import show
     from ..demo.table import summary_text
@@ -102,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         threads=args.threads,
         bank=_bank(args),
+        embedder=find_demo_embedder(args.embedder),
     )
     shown = show(args.video, args.out, settings, progress=not args.quiet)
     print(summary_text(shown.report))

@@ -21,6 +21,8 @@ Modules, in the order data passes through them:
 ``show``       all of it, in order
 ============== ==========================================================================================
 
+``longlive-rag latents`` writes latent files by ``video_latents``, ``latent_encoder`` and ``wan_encoder``.
+
 The pictures are drawn by ``contact_sheet``, ``similarity_map`` and ``coverage_chart``.
 
 PyAV, matplotlib and tqdm (the ``demo`` extra) are asked for where they are used, see ``extras.need``.

@@ -1,4 +1,4 @@
-"""Optional dependencies of the demo, asked for where they are used."""
+"""Optional dependencies, asked for where they are used."""
 
 import importlib
 from types import ModuleType
@@ -6,8 +6,8 @@ from types import ModuleType
 __all__ = ["need"]
 
 
-def need(module: str, purpose: str) -> ModuleType:
-    """Imports ``module``, or says how to get it.
+def need(module: str, purpose: str, extra: str = "demo") -> ModuleType:
+    """Imports ``module``, or says which extra of the package installs it.
 
     Raises:
         RuntimeError: the module cannot be imported; the message names the module, the purpose and the extra.
@@ -18,5 +18,5 @@ def need(module: str, purpose: str) -> ModuleType:
         package = module.split(".")[0]
         raise RuntimeError(
             f"{purpose} needs the Python module {package!r}, which could not be imported ({error}); "
-            'pip install "longlive-rag-ops[demo]" installs it'
+            f'pip install "longlive-rag-ops[{extra}]" installs it'
         ) from error

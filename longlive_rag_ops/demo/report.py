@@ -10,6 +10,8 @@
 ``settings``     what was asked for
 ``codec``        what the codec is, its provenance, its PSNR on each clip streamed (dB, second frame of each four)
 ``embedding``    what retrieval searches
+``embedder``     what makes it: ``name`` (a file's is without its folder), ``embedding_dim``, and of an autoencoder
+                 ``frame_shape`` (C, h, w) and ``hidden_dims``, else null
 ``model``        shapes, timesteps, and what each kind of weights is
 ``clips``        sample clips: package, licence of the package, what they show
 ``bank``         null without one; ``limits``, ``statistics`` of each run (`MemoryBank.stats`), ``bit_for_bit``:
@@ -47,7 +49,6 @@ import numpy as np
 import torch
 
 from ..version import __version__
-from . import embedding
 from .codec import FRAMES_PER_LATENT, Codec
 from .footage import Footage, clip_sources
 from .measures import WindowRule, coverage, middle, return_shares, scene_shares, summarise
@@ -74,8 +75,7 @@ WEIGHTS = {
 CAVEATS = (
     "Retrieval does not depend on the weights: embeddings come from the latents alone.",
     "The query is the last finished frame, so the first block after a cut still searches for the scene before it.",
-    "The sample clips are steady shots: a scene returns with the same framing, which is easy to find. The embedding "
-    "keeps the layout of a picture and may miss the same place seen from another side.",
+    "The sample clips are steady shots: a scene returns with the same framing, which is easy to find. {limits}",
     "The codec was fitted on one clip (see its provenance; none of the default clips) and is no video autoencoder: see "
     "its PSNR.",
     "Coverage compares windows by one full-history softmax in which old frames sit at temporal position 0; "
@@ -228,7 +228,11 @@ def build_report(
     latents = runs[0].footage.latents
     model = ToyTransformer("random", (int(latents.shape[2]), int(latents.shape[3])), seed=settings.seed)
     clips = {entry["clip"]: entry for footage in footages.values() for entry in clip_sources(footage)}
-    caveats = [text for text in CAVEATS if clips or not text.startswith("The sample clips")]
+    caveats = [
+        text.format(limits=settings.embedder.limits)
+        for text in CAVEATS
+        if clips or not text.startswith("The sample clips")
+    ]
     return {
         "schema": 1,
         "what": WHAT,
@@ -250,7 +254,8 @@ def build_report(
             "provenance": codec.provenance,
             "psnr_db": {name: _psnr(footage, codec) for name, footage in footages.items()},
         },
-        "embedding": embedding.DESCRIPTION,
+        "embedding": settings.embedder.what,
+        "embedder": settings.embedder.describe(),
         "model": {
             "layers": model.layers,
             "heads": model.heads,

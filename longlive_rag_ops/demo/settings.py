@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from ..bank.config import BankConfig
 from ..config import WindowConfig
+from .codec import CHANNELS, PIXELS_PER_LATENT
+from .embedding import GRID_POOL, DemoEmbedder
 from .video import Size, check_size
 
 __all__ = ["FRAMES_PER_BLOCK", "DemoSettings", "parse_size"]
@@ -29,7 +31,8 @@ class DemoSettings:
     ``blocks`` limits how much is streamed (0: all of a sample clip, at most ``OWN_VIDEO_BLOCKS`` of an own video).
     ``threads`` 0 leaves torch's own choice. The default is one: matrices are small here, and on a machine that is busy
     with something else, threads that wait for each other make the demo several times slower. With ``bank`` the history
-    lives in a memory bank of these limits instead of the window's pool.
+    lives in a memory bank of these limits instead of the window's pool. ``embedder`` makes the vectors that retrieval
+    searches.
     """
 
     window: int = 12
@@ -41,9 +44,11 @@ class DemoSettings:
     seed: int = 0
     threads: int = 1
     bank: BankConfig | None = None
+    embedder: DemoEmbedder = GRID_POOL
 
     def __post_init__(self) -> None:
         check_size(self.size)
+        self.embedder.check(self.frame_shape)
         if self.blocks < 0:
             raise ValueError(f"--blocks: got {self.blocks}; must be 0 (no limit asked for) or positive")
         if self.threads < 0:
@@ -68,6 +73,12 @@ class DemoSettings:
             recent_exclude=self.recent_exclude,
             frames_per_block=FRAMES_PER_BLOCK,
         )
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent frame."""
+        width, height = self.size
+        return CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
 
     @property
     def shortest(self) -> int:

@@ -16,6 +16,7 @@ from .extras import need
 from .footage import EDITS, Footage, load_edit, load_video
 from .measures import WindowRule
 from .model import WEIGHT_KINDS
+from .out_folder import prepare_folder
 from .report import build_report, write_report
 from .settings import FRAMES_PER_BLOCK, DemoSettings
 from .similarity_map import draw_similarity_map
@@ -33,19 +34,6 @@ class Shown:
     report: dict[str, Any]
     report_path: Path
     pictures: tuple[Path, ...]
-
-
-def _prepare(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"--out: got {str(out)!r}, which cannot be written ({error.strerror or error}); it must be a folder that "
-            "exists or can be made"
-        ) from error
 
 
 def _load(video: str | Path | None, codec: Codec, settings: DemoSettings, tick: Callable[[], None]) -> list[Footage]:
@@ -76,7 +64,7 @@ def show(video: str | Path | None, out: str | Path, settings: DemoSettings, *, p
     folder = Path(out)
     if video is not None:
         probe_video(resolve(video))  # a wrong name is found before a folder is made
-    _prepare(folder)
+    prepare_folder(folder)
     threads = torch.get_num_threads()
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ..window import MemoryWindow
-from .embedding import embed
 from .footage import Footage
 from .measures import Choice, eligible_frames
 from .model import TIMESTEPS, ToyTransformer, WeightKind, mix_noise
@@ -143,7 +142,7 @@ def _block(
     clock.queries.clear()
 
     began = time.perf_counter()
-    embedding = embed(latents)
+    embedding = settings.embedder.embed(latents)
     embedded = time.perf_counter() - began
     window.finish(start, embedding.unsqueeze(0))
     total += time.perf_counter() - began

@@ -151,7 +151,7 @@ def _bank(report: dict[str, Any]) -> list[str]:
 
 def summary_text(report: dict[str, Any]) -> str:
     """What the demo prints at its end, some forty lines."""
-    lines: list[str] = []
+    lines = [f"frames are found by {report['embedder']['name']}: {report['embedding']}", ""]
     for run in _footages(report):
         lines += _retrieval(run)
     return "\n".join([*lines, *_coverage(report), *_bank(report), *_times(report)])

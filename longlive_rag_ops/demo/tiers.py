@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..bank.config import BankConfig
-from .embedding import embed
 from .footage import Footage
 from .model import TIMESTEPS, mix_noise
 from .settings import FRAMES_PER_BLOCK, DemoSettings
@@ -62,7 +61,7 @@ def _hashes(footage: Footage, settings: DemoSettings, tick: Callable[[], None]) 
         for timestep in TIMESTEPS:
             model.forward(mix_noise(latents, timestep, noise), timestep, attend)
         model.forward(latents, 0.0, attend)
-        window.finish(start, embed(latents).unsqueeze(0))
+        window.finish(start, settings.embedder.embed(latents).unsqueeze(0))
         hashes.append(seen.hexdigest())
         tick()
     if window.bank is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longlive_rag_ops.demo.embedding import cosine, embed
+from longlive_rag_ops.demo.embedding import GRID_POOL, cosine
 from longlive_rag_ops.demo.model import TIMESTEPS, ToyTransformer, WeightKind, mix_noise, warp
 
 KINDS: tuple[WeightKind, ...] = ("content", "random")
@@ -107,12 +107,12 @@ def test_wrong_arguments() -> None:
 
 def test_embedding_is_the_mean_over_cells() -> None:
     x = latents(frames=2).repeat_interleave(2, 2)[:, :, :8]  # 8 x 8: cells of 2 x 2
-    vectors = embed(x)
-    assert vectors.shape == (2, 256)
+    vectors = GRID_POOL.embed(x)
+    assert vectors.shape == (2, GRID_POOL.embedding_dim) == (2, 256)
     expected = x.view(2, 16, 4, 2, 4, 2).mean((3, 5)).flatten(1)
     torch.testing.assert_close(vectors, expected)
-    with pytest.raises(ValueError, match="latents: got shape"):
-        embed(x[0])
+    with pytest.raises(ValueError, match="frames must be"):
+        GRID_POOL.embed(x[0])
 
 
 def test_cosine_of_alike_opposite_and_nothing() -> None:
