@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import compile, demo, doctor, fit_codec, inspect, replay
+from . import compile, demo, doctor, eval_embedder, fit_codec, inspect, latents, replay, train_embedder
 
-COMMANDS = (demo, replay, doctor, compile, fit_codec, inspect)
+COMMANDS = (demo, replay, doctor, compile, eval_embedder, fit_codec, inspect, latents, train_embedder)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .extras import need
+from ..extras import need
 from .footage import Footage, Scene
 from .stream import Streamed
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from ..extras import need
 from .clips import resolve
 from .codec import Codec
 from .contact_sheet import draw_contact_sheet
 from .coverage_chart import draw_coverage_chart
-from .extras import need
 from .footage import EDITS, Footage, load_edit, load_video
 from .measures import WindowRule
 from .model import WEIGHT_KINDS

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import need
 from .embedding import cosine
-from .extras import need
 from .footage import Footage
 from .palette import figure, newest_not_searched, save, scene_colour
 from .settings import FRAMES_PER_BLOCK

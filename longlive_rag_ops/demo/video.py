@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .extras import need
+from ..extras import need
 
 __all__ = ["Size", "VideoFacts", "probe_video", "read_frames"]
 

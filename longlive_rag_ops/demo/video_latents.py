@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from ..embedder.latent_file import save_latents
+from ..extras import need
 from .clips import resolve
-from .extras import need
 from .latent_encoder import LatentEncoder
 from .out_folder import prepare_folder
 from .video import Size, VideoFacts, probe_video, read_frames

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import check_int
-from ..demo.extras import need
+from ..extras import need
 from .autoencoder_config import LARGEST, AutoencoderConfig
 from .latent_file import LatentFile
 from .losses import FORMS

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from synthetic import scene_frames, write_video
 
+from longlive_rag_ops import extras
 from longlive_rag_ops.cli import main
-from longlive_rag_ops.demo import clips, extras, footage, show
+from longlive_rag_ops.demo import clips, footage, show
 from longlive_rag_ops.demo.codec import Codec
 from longlive_rag_ops.demo.settings import DemoSettings, parse_size
 
