@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu_figures as figures
+from benchmarks import figures
+from benchmarks.figures import Row, Section, Shape, Target
 from benchmarks.gpu_contenders import first_line
-from benchmarks.gpu_figures import Row, Section, Shape, Target
 from benchmarks.gpu_ops import DRY, device_facts
 from longlive_rag_ops.bank import BankConfig, MemoryBank, PageFormat
 

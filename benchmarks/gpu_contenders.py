@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu_figures import Shape
+from benchmarks.figures import Shape
 from longlive_rag_ops import chain, reference
 from longlive_rag_ops.assignment import FRAME, POSITION, SOURCE, STAGED, advance_window, empty_window_state
 from longlive_rag_ops.config import local_frames, temporal_position, window_slot

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_figures as figures
+from benchmarks import figures
 from benchmarks.embedder_contenders import FRAMES, Embed, as_published, contiguous, exact, random_autoencoder
-from benchmarks.gpu_bench import Absent, Bench, Entrant
+from benchmarks.figures import Section, Target
 from benchmarks.gpu_contenders import difference, first_line, poisoned
-from benchmarks.gpu_figures import Section, Target
 from benchmarks.gpu_sections import attention_entrants, paper_cases
 from benchmarks.gpu_timer import Call
+from benchmarks.harness import Absent, Bench, Entrant
 from longlive_rag_ops.embedder import AutoencoderConfig, AutoencoderEmbedder, LatentAutoencoder
 
 SMALL = AutoencoderConfig(in_channels=4, spatial_h=8, spatial_w=10, latent_dim=16, hidden_dims=(8, 12))  # a dry run's

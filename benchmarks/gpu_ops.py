@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_embedder, gpu_sections, gpu_sweep
-from benchmarks import gpu_figures as figures
-from benchmarks.gpu_bench import Bench
+from benchmarks import figures, gpu_embedder, gpu_sections, gpu_sweep
+from benchmarks.figures import Row, Section, Shape
 from benchmarks.gpu_contenders import first_line
-from benchmarks.gpu_figures import Row, Section, Shape
 from benchmarks.gpu_timer import DryTimer, GpuTimer
+from benchmarks.harness import Bench
 
 SECTIONS = gpu_sections.SECTIONS | {"embedder": gpu_embedder.embedder, "sweep": gpu_sweep.sweep}
 DRY = Shape(grid=(2, 3), block=2, window=8, heads=2, head_dim=32, new_pages=3, embedding=64)

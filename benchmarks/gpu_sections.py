@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import figures
 from benchmarks import gpu_contenders as contenders
-from benchmarks import gpu_figures as figures
-from benchmarks.gpu_bench import Absent, Bench, Entrant, compared
+from benchmarks.figures import Section, Target
 from benchmarks.gpu_contenders import Layer, Tensors, clone, poisoned
-from benchmarks.gpu_figures import Section, Target
 from benchmarks.gpu_timer import Call
+from benchmarks.harness import Absent, Bench, Entrant, compared
 from longlive_rag_ops import reference
 
 ENGINES = ("triton", "dense", "auto")

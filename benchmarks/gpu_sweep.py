@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from benchmarks import figures
 from benchmarks import gpu_contenders as contenders
-from benchmarks import gpu_figures as figures
-from benchmarks.gpu_bench import Bench, Entrant
+from benchmarks.figures import Section
 from benchmarks.gpu_contenders import Layer, Tensors
-from benchmarks.gpu_figures import Section
 from benchmarks.gpu_sections import attention_entrants, check_out, matmul, paper_cases
+from benchmarks.harness import Bench, Entrant
 
 # Queries and keys of a tile, warps, stages: what compiles without spills on sm_90, beside the table's row.
 TILES = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 3))

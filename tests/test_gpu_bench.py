@@ -19,12 +19,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_figures as figures
-from benchmarks import gpu_ops, gpu_sections
-from benchmarks.gpu_bench import Absent, Bench, Entrant, compared
+from benchmarks import figures, gpu_ops, gpu_sections
+from benchmarks.figures import Row, Section, Shape, Target
 from benchmarks.gpu_contenders import Layer, clone, difference, exact_attention, exact_retrieve, poisoned
-from benchmarks.gpu_figures import Row, Section, Shape, Target
 from benchmarks.gpu_timer import Contender, DryTimer, GpuTimer, Timing
+from benchmarks.harness import Absent, Bench, Entrant, compared
 from longlive_rag_ops import engines
 
 SMALL = Shape(grid=(2, 3), block=2, window=8, heads=2, head_dim=32, new_pages=3, embedding=64)

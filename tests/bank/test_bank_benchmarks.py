@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_bank
 from benchmarks.bank_raw import Copies, RawDisk
-from benchmarks.gpu_figures import Shape
+from benchmarks.figures import Shape
 from longlive_rag_ops.bank import MemoryBank
 
 

@@ -1,4 +1,4 @@
-"""The frame of the GPU benchmark: what is wrong is not timed, what is right is timed in the same rounds."""
+"""The frame of a benchmark: what is wrong is not timed, what is right is timed in the same rounds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_figures as figures
+from benchmarks import figures
+from benchmarks.figures import Row, Section, Shape
 from benchmarks.gpu_contenders import difference, first_line
-from benchmarks.gpu_figures import Row, Section, Shape
 from benchmarks.gpu_timer import Call, Contender
 
 # Root mean square of the error, relative: of a whole result, and of its worst vector of one token and head. Rounding a

@@ -1,4 +1,4 @@
-"""The arithmetic of the GPU benchmarks: operations and bytes, medians and ratios, targets and tables; no timing."""
+"""The arithmetic of the benchmarks: operations and bytes, medians and ratios, targets and tables; no timing."""
 
 from __future__ import annotations
 
@@ -135,6 +135,8 @@ class Row:
     bytes: int = 0
     trouble: str = ""  # why there are no seconds
     wrong: bool = False  # it failed or its output is wrong; not so when it is absent
+    shape: dict[str, Any] = field(default_factory=dict)  # what differs from the other rows'
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
