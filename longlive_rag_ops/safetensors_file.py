@@ -92,14 +92,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp keeps everybody else out; a result is as readable as what the user writes otherwise.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(partial).chmod(0o666 & ~mask)
+        Path(partial).chmod(_mode(path))
         Path(partial).replace(path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def _mode(path: Path) -> int:
+    """Who may read a file: as it is where there is one, else as what the user writes otherwise."""
+    try:
+        return path.stat().st_mode & 0o777
+    except OSError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
 
 
 def read_safetensors(path: Path, what: str = "file") -> tuple[dict[str, str], dict[str, torch.Tensor]]:

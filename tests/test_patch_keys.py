@@ -24,7 +24,7 @@ from longlive_rag_ops.embedder import (
     average_pool,
     save_autoencoder,
 )
-from longlive_rag_ops.patch import Adapter, Call, Handle, patch, register_adapter, registry
+from longlive_rag_ops.patch import Call, Handle, patch, register_adapter, registry
 from longlive_rag_ops.patch.wan import InPlaceWan
 
 __all__ = ["one_thread"]
@@ -468,10 +468,6 @@ def test_an_adapter_that_passes_no_keys_is_told() -> None:
         registry._registered.remove(First)
 
 
-def test_prepare_is_what_adapters_are_told() -> None:
-    assert "prepare(layer, k, v)" in (Adapter.attend.__doc__ or "")
-
-
 def toy_autoencoder(height: int = HEIGHT) -> LatentAutoencoder:
     torch.manual_seed(0)
     return LatentAutoencoder(AutoencoderConfig(CHANNELS, height, WIDTH, 8, (6,)))
@@ -507,5 +503,5 @@ def test_a_checkpoint_for_other_latents(tmp_path: Path) -> None:
         (clip,) = handle.stats()["clips"]
         assert clip["frames"] == 0 and clip["window"]["blocks"] == clip["window"]["history_frames"] == 0
     assert torch.equal(Pipeline(model).run(4), expected)
-    with pytest.raises(ValueError, match=r"cannot be read|damaged|no\.safetensors"):
+    with pytest.raises(ValueError, match=r"no\.safetensors cannot be read: No such file"):
         patch(model, embedder=tmp_path / "no.safetensors", **MEMORY)

@@ -1,5 +1,6 @@
 """The folder that results are written to."""
 
+import tempfile
 from pathlib import Path
 
 __all__ = ["prepare_folder"]
@@ -9,9 +10,8 @@ def prepare_folder(out: Path) -> None:
     """Makes a folder where there is none; ValueError, of ``--out``, where it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise ValueError(
             f"--out: got {str(out)!r}, which cannot be written ({error.strerror or error}); it must be a folder that "

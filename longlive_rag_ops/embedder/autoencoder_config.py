@@ -9,6 +9,7 @@ from typing import Any
 from ..config import check_int
 
 LARGEST = 65536  # of any size: what is beyond is a damaged file's, and memory for it is not to be asked for
+MOST_STAGES = 16  # which halve the largest height to 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class AutoencoderConfig:
         dims = self.hidden_dims
         if not isinstance(dims, (tuple, list)) or not dims:
             raise ValueError(f"hidden_dims must be a sequence of at least one size, got {dims!r}")
+        if len(dims) > MOST_STAGES:
+            raise ValueError(f"hidden_dims must have at most {MOST_STAGES} sizes, got {len(dims)}")
         for dim in dims:
             check_int("hidden_dims", dim, 1, LARGEST)
         object.__setattr__(self, "hidden_dims", tuple(dims))

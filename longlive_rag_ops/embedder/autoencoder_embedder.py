@@ -93,7 +93,8 @@ class AutoencoderEmbedder(nn.Module):
         if self.encoder.fc.weight.device != frames.device:
             self.to(frames.device)
         # Not inference mode: what the caller does with the embeddings afterwards is not ours to restrict.
-        with torch.no_grad(), ieee_convolutions(frames):
+        # The caller's autocast is not asked either: it would compute in bfloat16 what is to be float32.
+        with torch.no_grad(), torch.autocast(frames.device.type, enabled=False), ieee_convolutions(frames):
             found = self.encoder(frames.to(dtype=self.dtype, memory_format=torch.channels_last))
             return F.normalize(found.to(wide), dim=-1)
 

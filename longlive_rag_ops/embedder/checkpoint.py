@@ -22,6 +22,7 @@ from .autoencoder import LatentAutoencoder
 from .autoencoder_config import AutoencoderConfig
 
 WHAT = "embedder"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_autoencoder(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> LatentAutoencoder:
@@ -52,7 +53,9 @@ def autoencoder_from(config: Mapping[str, Any], state: Mapping[str, torch.Tensor
         sizes = AutoencoderConfig.from_mapping(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    with torch.device("meta"):  # a config that asks for more memory than its file has tensors gets none
+    if len(state) < 6 * len(sizes.hidden_dims):  # a short file that asks for a long model is not worth building it
+        raise ValueError(f"{name}: {len(state)} tensors are too few for {sizes}; it is no retrieval autoencoder")
+    with torch.device("meta"):
         model = LatentAutoencoder(sizes)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing = [key for key in expected if key not in state]
@@ -62,16 +65,34 @@ def autoencoder_from(config: Mapping[str, Any], state: Mapping[str, torch.Tensor
             "autoencoder, or not a whole one"
         )
     for key, shape in expected.items():
-        if tuple(state[key].shape) != shape or not state[key].is_floating_point():
+        problem = unusable(state[key])
+        if problem or tuple(state[key].shape) != shape:
+            got = problem or f"{state[key].dtype} of shape {tuple(state[key].shape)}"
             raise ValueError(
-                f"{name}: tensor {key} must be floating point of shape {shape} for its config {sizes}; got "
-                f"{state[key].dtype} of shape {tuple(state[key].shape)}"
+                f"{name}: tensor {key} must be floating point of shape {shape} for its config {sizes}; got {got}"
             )
-        if not state[key].isfinite().all():
-            raise ValueError(f"{name}: tensor {key} must be finite, got NaN or infinity")
     # Copied: a state dict of the caller's stays the caller's.
-    model.load_state_dict({key: state[key].float().clone() for key in expected}, assign=True)
+    wanted = {key: state[key].detach().to(torch.float32, copy=True) for key in expected}
+    for key, value in wanted.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name}: tensor {key} must be finite in float32, got NaN or infinity")
+    model.load_state_dict(wanted, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def unusable(value: torch.Tensor) -> str:
+    """Why a tensor of a file is not taken: empty where it is floating point numbers that are all there.
+
+    A file may hold tensors without numbers (of the meta device), of other layouts, or one number that strides make a
+    gigabyte of.
+    """
+    if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
+        return f"a tensor of layout {value.layout}, device {value.device}"
+    if value.dtype not in FLOATS:
+        return f"{value.dtype}"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"shape {tuple(value.shape)} over {value.untyped_storage().nbytes()} bytes"
+    return ""
 
 
 def save_autoencoder(
@@ -85,12 +106,15 @@ def save_autoencoder(
         metadata: texts that are kept with it.
 
     Raises:
-        ValueError: another ending. OSError: it cannot be written.
+        ValueError: another ending, or weights that are not finite. OSError: it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in model.state_dict().items()}
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"model must have finite weights to be written to {path}, {key} has NaN or infinity")
     write_safetensors(path, tensors, {**(metadata or {}), "config": json.dumps(model.config.to_mapping())})
 
 
@@ -111,7 +135,7 @@ def read_pickle(path: Path, what: str, **options: Any) -> Any:
             f"values, which could run code ({first})"
         ) from None
     # What a damaged file does to its reader has no end: the archive, its index, each pickle instruction may be cut.
-    except (RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (RuntimeError, EOFError, ValueError, ArithmeticError, TypeError, LookupError, AttributeError) as error:
         first = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{what} {path} is damaged, truncated or no file of torch.save: {first}") from None
     except (zipfile.BadZipFile, MemoryError, RecursionError, AssertionError) as error:

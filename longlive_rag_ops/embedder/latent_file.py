@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..safetensors_file import parse_safetensors, write_safetensors
-from .checkpoint import read_pickle
+from .checkpoint import read_pickle, unusable
 
 WHAT = "latent file"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".npy")
@@ -126,8 +126,8 @@ def save_latents(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
-    _check(path, latents)
-    write_safetensors(path, {NAME: latents.detach().cpu().contiguous()}, dict(metadata or {}))
+    held = _check(path, latents.detach().cpu().contiguous())
+    write_safetensors(path, {NAME: held}, dict(metadata or {}))
 
 
 def _tensor(path: Path) -> torch.Tensor:
@@ -163,11 +163,12 @@ def _mapped_pickle(path: Path) -> Any:
 
 def _mapped_array(path: Path) -> torch.Tensor:
     try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        with np.errstate(all="ignore"):  # a header may declare any shape
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
         return torch.from_numpy(array)
     except OSError as error:
         raise ValueError(f"{WHAT} {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, EOFError, SyntaxError) as error:
+    except (ValueError, TypeError, EOFError, SyntaxError, ArithmeticError) as error:
         raise ValueError(f"{WHAT} {path} is damaged or no array of numbers: {error}") from None
 
 
@@ -184,9 +185,13 @@ def _named(path: Path, found: Any) -> Any:
 def _check(path: Path, found: Any) -> torch.Tensor:
     if not isinstance(found, torch.Tensor):
         raise ValueError(f"{WHAT} {path} must hold a tensor, got {type(found).__name__}")
+    problem = unusable(found)
+    if problem:
+        raise ValueError(f"{WHAT} {path} must be floating point of shape (frames, C, H, W), got {problem}")
+    found = found.detach()  # one that was saved with its history cannot be handed between processes
     if found.dim() == 5 and found.shape[0] == 1:
         found = found[0]
-    if found.dim() != 4 or not found.is_floating_point() or found.numel() == 0:
+    if found.dim() != 4 or found.numel() == 0:
         raise ValueError(
             f"{WHAT} {path} must be floating point of shape (frames, C, H, W), got {found.dtype} of shape "
             f"{tuple(found.shape)}"

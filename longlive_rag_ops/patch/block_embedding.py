@@ -76,7 +76,8 @@ class BlockEmbedding:
     @torch.no_grad()
     def _embed(self, given: torch.Tensor, call: Call, what: str) -> torch.Tensor:
         """``(B*n, ...)`` to ``(B, n, E)``."""
-        found = self._embedder(given)
+        with torch.autocast(given.device.type, enabled=False):  # which is the model's choice, not the embedder's
+            found = self._embedder(given)
         if not isinstance(found, torch.Tensor) or found.dim() != 2 or found.shape[0] != given.shape[0]:
             got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise ValueError(f"embedder must return ({given.shape[0]}, E) for {what} {tuple(given.shape)}, got {got}")

@@ -254,3 +254,39 @@ def test_finding_an_embedder() -> None:
         find_embedder("autoencoder")
     with pytest.raises(TypeError, match="embedder must be a callable"):
         find_embedder(3)  # type: ignore[arg-type]
+
+
+def test_tensors_that_are_not_what_they_seem(tmp_path: Path) -> None:
+    """A small file must not ask for much memory, nor an odd tensor end in an error without a name."""
+    model = small()
+    state, config = model.state_dict(), model.config.to_mapping()
+    name, shape = "encoder.fc.weight", (12, 24)
+    odd = {
+        "over 4 bytes": torch.zeros(1).expand(shape),
+        "device meta": torch.empty(shape, device="meta"),
+        "layout torch.sparse_coo": torch.ones(shape).to_sparse(),
+        "float8": torch.ones(shape).to(torch.float8_e4m3fn),
+        "finite in float32": torch.full(shape, 1e300, dtype=torch.float64),
+    }
+    for message, value in odd.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            load_autoencoder(released(tmp_path / "odd.pt", model, model={**state, name: value}))
+        assert str(tmp_path / "odd.pt") in str(caught.value)
+    long = {**config, "hidden_dims": [1] * 8000}
+    with pytest.raises(ValueError, match="hidden_dims must have at most 16 sizes, got 8000"):
+        load_autoencoder(released(tmp_path / "long.pt", model, config=long))
+    with pytest.raises(ValueError, match="1 tensors are too few"):
+        load_autoencoder(released(tmp_path / "few.pt", model, model={name: state[name]}))
+    with torch.no_grad():
+        model.encoder.fc.bias[3] = torch.nan
+    with pytest.raises(ValueError, match=r"encoder.fc.bias has NaN"):
+        save_autoencoder(tmp_path / "nan.safetensors", model)
+    assert not (tmp_path / "nan.safetensors").exists()
+
+
+def test_a_file_that_is_replaced_keeps_its_readers(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_autoencoder(path, small())
+    path.chmod(0o600)
+    save_autoencoder(path, small(1))
+    assert path.stat().st_mode & 0o777 == 0o600

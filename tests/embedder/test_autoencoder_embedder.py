@@ -229,3 +229,12 @@ def test_the_process_s_precision_is_put_back(chosen: dict[str, Any], readable: b
     on_cpu: Any = SimpleNamespace(is_cuda=False)
     with ieee_convolutions(on_cpu):
         assert precisions() == before
+
+
+def test_the_caller_s_autocast_is_not_the_embedder_s() -> None:
+    torch.manual_seed(0)
+    embedder = AutoencoderEmbedder(LatentAutoencoder(AutoencoderConfig(4, 6, 8, 12, (8, 16))))
+    frames = torch.randn(3, 4, 6, 8)
+    expected = embedder(frames)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embedder(frames), expected)

@@ -152,3 +152,34 @@ def test_saving_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be floating point of shape"):
         save_latents(tmp_path / "a.safetensors", torch.ones(*SHAPE))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_are_not_what_they_seem(tmp_path: Path) -> None:
+    shape = (6, *SHAPE)
+    odd = {
+        "over 4 bytes": torch.zeros(1).expand(shape),
+        "device meta": torch.empty(shape, device="meta"),
+        "layout torch.sparse_coo": torch.ones(shape).to_sparse(),
+        "float8": torch.ones(shape).to(torch.float8_e4m3fn),
+    }
+    for message, value in odd.items():
+        torch.save(value, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match=rf"odd.pt must be floating point.*{message}"):
+            open_latents(tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="float8"):
+        save_latents(tmp_path / "a.safetensors", odd["float8"])
+    parameter = torch.nn.Parameter(torch.randn(shape))
+    torch.save(parameter, tmp_path / "parameter.pt")
+    read = open_latents(tmp_path / "parameter.pt").read()
+    assert not read.requires_grad and torch.equal(read, parameter)
+
+
+@pytest.mark.parametrize(
+    "shape", ["(-1, 4, 6, 8)", "(0, 18446744073709551616, 6, 8)", "(9223372036854775808, 1, 1, 1)"]
+)
+def test_arrays_of_impossible_shapes(shape: str, tmp_path: Path) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 64
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.npy (is damaged|must be floating point)"):
+        open_latents(tmp_path / "a.npy")
