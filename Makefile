@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 FASTVIDEO ?= fastvideo==0.2.1
 DEMO_OUT ?= demo_out
-EMBEDDER ?=
+export EMBEDDER ?=
 BENCH_OUT ?= bench_out
 # Tools of compute-sanitizer, and the tests they run: each op once by the Triton engine.
 SANITIZE ?= memcheck racecheck
@@ -110,7 +110,7 @@ endif
 
 demo: $(INSTALLED)
 	@echo 'demo: writing to $(DEMO_OUT)'
-	@$(RUN) -m longlive_rag_ops demo --out $(DEMO_OUT) $(if $(EMBEDDER),--embedder '$(EMBEDDER)')
+	@$(RUN) -m longlive_rag_ops demo --out $(DEMO_OUT) $(if $(EMBEDDER),--embedder "$$EMBEDDER")
 
 test: test-cpp test-python
 
