@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
+import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
@@ -60,10 +62,21 @@ def _add_setting(
 
 def run(args: argparse.Namespace) -> int:
     """Trains; 0 at the end, 128 and the signal's number when it was stopped (Ctrl-C: 130)."""
+    try:
+        return _train(args)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads (`| head -1`), and the interpreter would say so at its end, with its own status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _train(args: argparse.Namespace) -> int:
     import torch
 
     from ..embedder.run_folder import RunFolder
     from ..embedder.training import train
+    from ..embedder.training_log import show
 
     if args.threads < 0:
         raise ValueError(f"--threads must be at least 0, got {args.threads}")
@@ -71,15 +84,17 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     values, ignored = read_settings(args.config) if args.config is not None else ({}, [])
     if ignored:
-        print(f"{args.config}: ignored, they mean nothing here: {', '.join(ignored)}")
+        show(f"{args.config}: ignored, they mean nothing here: {', '.join(ignored)}")
     values |= {setting.name: getattr(args, setting.name) for setting in fields(TrainingConfig) if setting.name in args}
     config = replace(RunFolder(args.out).saved_config() if args.resume else TrainingConfig(), **values)
     result = train(args.data, args.out, config, resume=args.resume, device=args.device, progress=not args.quiet)
-    print(_end(result, args, config))
+    show(_end(result, args, config))
     return 0 if result.signal is None else 128 + result.signal
 
 
 def _end(result: TrainingResult, args: argparse.Namespace, config: TrainingConfig) -> str:
+    from ..embedder.run_folder import option_words
+
     best = "no epoch done yet"
     if result.best is not None:
         best = f"best: epoch {result.best_epoch}, validation loss {result.best_loss:.6g}, in {result.best}"
@@ -87,7 +102,7 @@ def _end(result: TrainingResult, args: argparse.Namespace, config: TrainingConfi
         why = f"no better for {config.patience} epochs" if result.early else "all epochs done"
         return f"ended after epoch {result.epochs} ({why})\n{best}"
     command = shlex.join(
-        ["longlive-rag", "train-embedder", "--data", args.data, "--out", args.out]
+        ["longlive-rag", "train-embedder", *option_words("data", args.data), *option_words("out", args.out)]
         + ([] if args.device == "auto" else ["--device", args.device])
         + ([] if not args.threads else ["--threads", str(args.threads)])
         + ["--resume"]

@@ -8,6 +8,7 @@ read files know nothing of it.
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -89,6 +90,10 @@ class EpochBatches(Sampler[Batch]):
         """Training batches in an epoch."""
         return -(-len(self.train_clips) * self.config.chunks_per_clip // self.config.batch_size)
 
+    def chunks(self, steps: int) -> int:
+        """Chunks in the first ``steps`` training batches of an epoch."""
+        return min(steps * self.config.batch_size, len(self.train_clips) * self.config.chunks_per_clip)
+
     def begin(self, epoch: int, done: int = 0) -> None:
         """The batches of an epoch, counted from 0, of which the first ``done`` are left out."""
         chunks = self._chunks(self.train_clips, epoch)
@@ -137,15 +142,20 @@ class ClipDataset(Dataset[torch.Tensor]):
         """``(seq_len, C, H, W)`` float32.
 
         Raises:
-            ValueError: the file is refused, see `LatentFile.read`.
+            ValueError: the file is refused, see `LatentFile.read`. RuntimeError: it cannot be read for another reason.
         """
-        return self.clips[chunk[0]].read(chunk[1], chunk[1] + self.seq_len)
+        clip = self.clips[chunk[0]]
+        try:
+            return clip.read(chunk[1], chunk[1] + self.seq_len)
+        except RuntimeError as error:
+            first = str(error).strip().split("\n")[0]
+            raise RuntimeError(f"latent file {clip.path} cannot be read: {first}") from error
 
-    def __getitems__(self, batch: Batch) -> torch.Tensor | ValueError:
+    def __getitems__(self, batch: Batch) -> torch.Tensor | ValueError | RuntimeError:
         """``(chunks, seq_len, C, H, W)``, or the error: one raised here would reach the user wrapped in a traceback."""
         try:
             return torch.stack([self[chunk] for chunk in batch])
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             return error
 
 
@@ -154,6 +164,15 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def leave_interrupts(worker: int) -> None:
-    """For a process that reads: Ctrl-C goes to all of the terminal's, and the training process ends the others."""
+def leave_signals(worker: int) -> None:
+    """For a process that reads, which has the training process's handlers from its birth.
+
+    Ctrl-C, a hang-up and what ``timeout`` sends go to the whole process group, and it is the training process that ends
+    the others, after its step: these leave its group. It ends one that is stuck by SIGTERM, which must not be noted and
+    forgotten.
+    """
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -7,11 +7,12 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# The last is a terminal that is closed; not every platform has it.
+NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class StopSignal:
-    """In its ``with`` block the first SIGINT or SIGTERM is noted, the second raises KeyboardInterrupt.
+    """In its ``with`` block the first SIGINT, SIGTERM or SIGHUP is noted, the second raises KeyboardInterrupt.
 
     Outside the main thread, where Python allows no handlers, nothing is noted. A signal that is ignored (``nohup``)
     stays so.

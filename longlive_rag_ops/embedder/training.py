@@ -54,8 +54,9 @@ def train(
     ``out`` gets ``config.json``, ``metrics.jsonl`` (losses, a line for each epoch), ``last.pt`` (all that is needed to
     go on), ``best.safetensors`` (the model with the smallest validation loss, for `AutoencoderEmbedder`),
     ``epoch-NNNN.safetensors`` every ``save_every`` epochs, and ``tensorboard``. ``last.pt`` and ``best.safetensors``
-    are written together: at the start, every minute, and at the end. SIGINT and SIGTERM end the training after the
-    step that is being computed; a second one raises KeyboardInterrupt at once.
+    are written together: at the start, every minute, and at the end. SIGINT, SIGTERM and SIGHUP end the training
+    after the step that is being computed; a second one raises KeyboardInterrupt at once. ``.lock`` keeps a second
+    training out while there is one.
 
     A resumed training computes what one in a single part would have: on a CPU, with as many threads, bit for bit.
 
@@ -69,30 +70,33 @@ def train(
 
     Raises:
         ValueError: data or configuration are refused, ``out`` holds a run that is not to be resumed, or holds none or
-            another one. Nothing has been written then.
-        RuntimeError: no such device; a loss is NaN or infinite. ``last.pt`` is as it was last written.
-        OSError: a file cannot be written.
+            another one, or is in use. Nothing but ``.lock`` has been written then.
+        RuntimeError: no such device; a loss is NaN or infinite; a process that reads clips has died or is stuck.
+            ``last.pt`` is as it was last written.
+        OSError: a file cannot be written. ``last.pt`` has the last step, if it could be.
     """
     target = find_device(device)
     folder = RunFolder(out)
     if folder.path.resolve() == Path(data).resolve():
         raise ValueError(f"out must be another folder than data, got {out} for both")
-    if resume:
-        config = folder.saved_config() if config is None else config
-    else:
-        folder.check_new()
-        config = TrainingConfig() if config is None else config
+    if config is None:
+        config = folder.saved_config() if resume else TrainingConfig()
     clips = usable_clips(latent_files(data), config)
     config = config.fitted(clips[0])
-    saved = folder.resumed(config, DataIdentity.of(clips)) if resume else None
-    loop = TrainingLoop(config, clips, folder, target, command_line(Path(data), folder.path, config))
-    loop.start(saved)
-    log = TrainingLog(folder.tensorboard, config.epochs, loop.progress.epoch, progress)
-    try:
-        with StopSignal() as stop:
-            loop.run(stop, log)
-    finally:
-        log.close()
+    identity = DataIdentity.of(clips)
+    with folder.held(resume):
+        if not resume:
+            folder.check_new()
+        saved = folder.resumed(config, identity) if resume else None
+        loop = TrainingLoop(config, clips, identity, folder, target, command_line(Path(data), folder.path, config))
+        log = TrainingLog(folder.tensorboard, config.epochs, progress)
+        loop.start(saved)
+        log.begin(loop.progress.epoch if resume else None)
+        try:
+            with StopSignal() as stop:
+                loop.run(stop, log)
+        finally:
+            log.close()
     done = loop.progress
     return TrainingResult(
         out=folder.path,

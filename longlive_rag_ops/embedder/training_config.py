@@ -145,14 +145,16 @@ def settings_from(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any
     settings: dict[str, Any] = {}
     ignored = []
     for name, value in values.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{source} has a setting whose name is no text but {type(name).__name__}")
         if name in known:
             text = known[name].metadata["kind"] is float and isinstance(value, str)
             if value is not None:
                 settings[name] = _number(name, value, source) if text else value
-        elif name in IGNORED or str(name).startswith(IGNORED_PREFIX):
-            ignored.append(str(name))
+        elif name in IGNORED or name.startswith(IGNORED_PREFIX):
+            ignored.append(name)
         else:
-            close = difflib.get_close_matches(str(name), known)
+            close = difflib.get_close_matches(name, known)
             allowed = f"is it {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
             raise ValueError(f"{source} has the unknown setting {name!r}; {allowed}")
     try:
@@ -164,6 +166,8 @@ def settings_from(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any
 
 def read_settings(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """Settings of a ``.json`` or ``.yaml`` file, and the names of those ignored, see `settings_from`.
+
+    An empty YAML file has none.
 
     Raises:
         ValueError: another ending, no mapping, or what `settings_from` refuses. RuntimeError: YAML without PyYAML.
@@ -189,6 +193,10 @@ def read_settings(path: str | Path) -> tuple[dict[str, Any], list[str]]:
             values = yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{source} is not YAML: {error}") from None
+        # PyYAML hands values to Python as they are: a 13th month, more digits than Python reads, an empty int.
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{source} has a value that YAML cannot read: {error}") from None
+        values = {} if values is None else values  # an empty file, which LongLive-RAG takes for the defaults
     if not isinstance(values, Mapping):
         raise ValueError(f"{source} must be a mapping of settings, got {type(values).__name__}")
     return settings_from(values, source)
@@ -196,6 +204,8 @@ def read_settings(path: str | Path) -> tuple[dict[str, Any], list[str]]:
 
 def _number(name: str, text: str, source: str) -> float:
     try:
+        if "_" in text:  # which float() leaves out
+            raise ValueError
         return float(text)
     except ValueError:
         raise ValueError(f"{source}: {name} must be a number, got {text!r}") from None

@@ -13,16 +13,19 @@ from torch.utils.data import DataLoader
 from ..version import __version__
 from .autoencoder import LatentAutoencoder
 from .checkpoint import save_autoencoder
-from .clip_dataset import Batch, ClipDataset, EpochBatches, as_it_is, leave_interrupts
+from .clip_dataset import Batch, ClipDataset, EpochBatches, as_it_is, leave_signals
 from .latent_file import LatentFile
 from .losses import RetrievalLoss, RetrievalTerms
 from .run_folder import RunFolder
 from .stop_signal import StopSignal
 from .training_config import TrainingConfig
 from .training_log import TrainingLog
-from .training_state import DataIdentity, Progress, SavedTraining, write_training
+from .training_optimizer import check_scaler, optimizer_state
+from .training_progress import Progress
+from .training_state import DataIdentity, SavedTraining, write_training
 
 SAVE_SECONDS = 60.0  # between two writings of last.pt, which has three times the model's size
+LOADER_SECONDS = 300.0  # for a batch from another process, before it is taken for lost
 
 
 class TrainingLoop:
@@ -31,6 +34,7 @@ class TrainingLoop:
     Args:
         config: hyper-parameters, the sizes of a frame among them.
         clips: to train with and to validate.
+        data: what is remembered of them.
         folder: of the run.
         device: to train on.
         command: that starts this training, to be kept with the models.
@@ -40,10 +44,15 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, config: TrainingConfig, clips: list[LatentFile], folder: RunFolder, device: torch.device, command: str
+        self,
+        config: TrainingConfig,
+        clips: list[LatentFile],
+        data: DataIdentity,
+        folder: RunFolder,
+        device: torch.device,
+        command: str,
     ) -> None:
-        self.config, self.folder, self.device, self.command = config, folder, device, command
-        self.data = DataIdentity.of(clips)
+        self.config, self.folder, self.device, self.command, self.data = config, folder, device, command, data
         self.batches = EpochBatches(clips, config)
         self.loader = DataLoader(
             ClipDataset(clips, config.seq_len),
@@ -51,7 +60,8 @@ class TrainingLoop:
             num_workers=config.num_workers,
             collate_fn=as_it_is,
             pin_memory=device.type == "cuda",
-            worker_init_fn=leave_interrupts,
+            worker_init_fn=leave_signals,
+            timeout=LOADER_SECONDS if config.num_workers else 0,
             persistent_workers=config.num_workers > 0,
             generator=torch.Generator(),  # torch's own would be advanced, which is the caller's
         )
@@ -76,18 +86,30 @@ class TrainingLoop:
         self._saved_at = 0.0
 
     def start(self, saved: SavedTraining | None) -> None:
-        """Takes over a saved state, if there is one, and brings the folder up to it."""
+        """Takes over a saved state, if there is one, and brings the folder, which is held, up to it."""
         if saved is not None:
             self._restore(saved)
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        self.folder.write_config(self._description())
-        self.folder.write_metrics(self.progress.history)
+        self.folder.remove_partial()
         self._saved_at = time.monotonic()
         if saved is None:
-            self._save()
+            self._save()  # first: a run that is cut off here can be resumed
+        self.folder.write_config(self._description())
+        self.folder.write_metrics(self.progress.history)
 
     def run(self, stop: StopSignal, log: TrainingLog) -> None:
-        """Epochs until there are enough, or somebody or ``patience`` says so."""
+        """Epochs until there are enough, or somebody or ``patience`` says so.
+
+        Raises:
+            OSError: a file cannot be written; the state is saved, if that can be. Others: see `train`.
+        """
+        try:
+            self._epochs(stop, log)
+        except OSError:  # of files alone, so between two steps
+            self._save()
+            raise
+        self._save()
+
+    def _epochs(self, stop: StopSignal, log: TrainingLog) -> None:
         progress = self.progress
         log.print(self._summary())
         while progress.epoch < self.config.epochs and not self.out_of_patience and stop.received is None:
@@ -100,7 +122,6 @@ class TrainingLoop:
                 save_autoencoder(self.folder.epoch(progress.epoch), self.model, self._metadata(line))
             if time.monotonic() - self._saved_at >= SAVE_SECONDS:
                 self._save()
-        self._save()
 
     @property
     def out_of_patience(self) -> bool:
@@ -122,8 +143,7 @@ class TrainingLoop:
                 progress.step += 1
                 progress.seconds = time.monotonic() - begun
                 total, *terms = map("{:.4g}".format, losses)
-                bar.set_postfix_str(f"loss {total} = {' + '.join(terms)}", refresh=False)
-                bar.update()
+                bar.update(f"loss {total} = {' + '.join(terms)}")
                 if stop.received is not None:
                     return False
                 if time.monotonic() - self._saved_at >= SAVE_SECONDS:
@@ -158,7 +178,7 @@ class TrainingLoop:
             progress.best_epoch, progress.best_loss = progress.epoch, validation[0]
             self._best = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    def _step(self, clips: torch.Tensor | ValueError, batch: Batch) -> list[float]:
+    def _step(self, clips: torch.Tensor | Exception, batch: Batch) -> list[float]:
         """One step of the optimizer; the losses before it."""
         terms, losses = self._losses(clips, batch, f"step {self.progress.step + 1}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,12 +191,12 @@ class TrainingLoop:
         return losses
 
     @torch.no_grad()
-    def _validate(self, clips: torch.Tensor | ValueError, batch: Batch) -> list[float]:
+    def _validate(self, clips: torch.Tensor | Exception, batch: Batch) -> list[float]:
         return self._losses(clips, batch, "validation")[1]
 
-    def _losses(self, clips: torch.Tensor | ValueError, batch: Batch, where: str) -> tuple[RetrievalTerms, list[float]]:
+    def _losses(self, clips: torch.Tensor | Exception, batch: Batch, where: str) -> tuple[RetrievalTerms, list[float]]:
         """Losses of a batch ``(chunks, T, C, H, W)``, as tensors and as numbers."""
-        if isinstance(clips, ValueError):
+        if isinstance(clips, Exception):
             raise clips
         clips = clips.to(self.device, non_blocking=True)
         shape = clips.shape[:2]
@@ -206,9 +226,13 @@ class TrainingLoop:
         self._best, self._saved_at = None, time.monotonic()
 
     def _restore(self, saved: SavedTraining) -> None:
+        step, chunks = saved.progress.step, saved.progress.chunks
         try:
+            if (step, chunks) != (min(step, self.batches.steps), self.batches.chunks(step)):
+                raise ValueError(f"an epoch has {self.batches.steps} steps, got step {step} after {chunks} chunks")
             self.model.load_state_dict(saved.states["model"])
-            self.optimizer.load_state_dict(dict(saved.states["optimizer"]))
+            self.optimizer.load_state_dict(optimizer_state(saved.states["optimizer"], self.model, self.optimizer))
+            check_scaler(saved.states["scaler"], self.scaler.state_dict())
             if saved.states["scaler"]:  # empty where it was saved without float16
                 self.scaler.load_state_dict(dict(saved.states["scaler"]))
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -227,7 +251,7 @@ class TrainingLoop:
         }
 
     def _description(self) -> dict[str, Any]:
-        names = [name for name, _ in self.data.clips]
+        names = [clip.name for clip in self.data.clips]
         return {
             "version": __version__,
             "torch": torch.__version__,
@@ -235,7 +259,7 @@ class TrainingLoop:
             "config": self.config.to_mapping(),
             "data": {
                 "clips": len(names),
-                "frames": sum(frames for _, frames in self.data.clips),
+                "frames": sum(clip.frames for clip in self.data.clips),
                 "validation_clips": [names[number] for number in self.batches.validation_clips],
             },
         }

@@ -1,76 +1,81 @@
-"""How far a training has come, in memory and in its file ``last.pt``."""
+"""The state of a training in its file ``last.pt``."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..safetensors_file import replacing
 from .checkpoint import read_pickle
 from .latent_file import LatentFile
-from .losses import RetrievalTerms
 from .training_config import TrainingConfig
+from .training_progress import Progress, progress_from
 
 WHAT = "training state"
 SHOWN = 5  # differences of a kind that an error lists
 
 
-@dataclass
-class Progress:
-    """Plain numbers; with the weights, the optimizer and the configuration they decide all that follows.
+class ClipIdentity(NamedTuple):
+    """What is remembered of a clip, to know it again without reading all of it.
 
     Attributes:
-        epoch: whole epochs done.
-        step: training batches done in the epoch after those.
-        sums: of each loss over that epoch's chunks so far, see `RetrievalTerms`.
-        chunks: so far in that epoch.
-        seconds: spent on that epoch.
-        best_epoch: the epoch, counted from 1, with the smallest validation loss; 0 before there is one.
-        best_loss: that loss.
-        history: the lines of metrics.jsonl, one for each epoch done.
+        name: of the file, without folders.
+        frames: in it.
+        size: of the file in bytes.
+        digest: BLAKE2b of the first frame in float32, 32 hexadecimal digits.
     """
 
-    epoch: int = 0
-    step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * len(RetrievalTerms._fields))
-    chunks: int = 0
-    seconds: float = 0.0
-    best_epoch: int = 0
-    best_loss: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    name: str
+    frames: int
+    size: int
+    digest: str
 
-    @property
-    def since_best(self) -> int:
-        """Epochs done since the best one."""
-        return self.epoch - self.best_epoch
+    @classmethod
+    def of(cls, clip: LatentFile) -> ClipIdentity:
+        """Of a file on disk, whose first frame is read.
+
+        Raises:
+            ValueError: it is refused, see `LatentFile.read`. OSError: it is gone.
+        """
+        first = hashlib.blake2b(clip.read(0, 1).numpy().tobytes(), digest_size=16)
+        return cls(clip.path.name, clip.frames, clip.path.stat().st_size, first.hexdigest())
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What is remembered of the clips, to know them again: names and lengths, in order, and their frames' shape."""
+    """What is remembered of the clips, in their order, and their frames' shape."""
 
-    clips: list[tuple[str, int]]
+    clips: list[ClipIdentity]
     frame_shape: tuple[int, ...]
 
     @classmethod
     def of(cls, clips: Sequence[LatentFile]) -> DataIdentity:
-        """Of files on disk."""
-        return cls([(clip.path.name, clip.frames) for clip in clips], clips[0].frame_shape)
+        """Of files on disk; raises as `ClipIdentity.of` does."""
+        return cls([ClipIdentity.of(clip) for clip in clips], clips[0].frame_shape)
 
     def differences(self, other: DataIdentity) -> list[str]:
         """What is another in another folder, in words."""
-        mine, theirs = dict(self.clips), dict(other.clips)
-        changed = [name for name in mine if name in theirs and mine[name] != theirs[name]]
+        mine, theirs = ({clip.name: clip for clip in data.clips} for data in (self, other))
+        both = [name for name in mine if name in theirs]
+        longer = [name for name in both if mine[name].frames != theirs[name].frames]
+        changed = [name for name in both if mine[name] != theirs[name] and name not in longer]
+        if self.frame_shape != other.frame_shape:
+            changed = []  # all of them, which the shape says already
         lines = [
             f"{kind} {', '.join(names[:SHOWN])}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
             for kind, names in (
                 ("clips are gone:", [name for name in mine if name not in theirs]),
                 ("clips are new:", [name for name in theirs if name not in mine]),
-                ("clips have another length:", [f"{name} ({theirs[name]}, was {mine[name]})" for name in changed]),
+                (
+                    "clips have another length:",
+                    [f"{name} ({theirs[name].frames}, was {mine[name].frames})" for name in longer],
+                ),
+                ("clips have another content:", changed),
             )
             if names
         ]
@@ -164,23 +169,19 @@ def _config(path: Path, content: Any) -> TrainingConfig:
 def _data(path: Path, content: Mapping[str, Any]) -> DataIdentity:
     try:
         found = content["data"]
-        clips = [(str(name), int(frames)) for name, frames in found["clips"]]
-        return DataIdentity(clips, tuple(int(size) for size in found["frame_shape"]))
-    except (KeyError, TypeError, ValueError) as error:
+        clips, shape = [ClipIdentity(*clip) for clip in found["clips"]], tuple(found["frame_shape"])
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{WHAT} {path}: data must have clips and frame_shape; got {error!r}") from None
+    good = all(tuple(map(type, clip)) == (str, int, int, str) for clip in clips)
+    if not good or not all(type(size) is int for size in shape):
+        raise ValueError(
+            f"{WHAT} {path}: data must have clips ({', '.join(ClipIdentity._fields)}) and frame_shape, of ints"
+        )
+    return DataIdentity(clips, shape)
 
 
 def _progress(path: Path, content: Mapping[str, Any]) -> Progress:
     try:
-        progress = Progress(**content["progress"])
-        lines = [dict(line) for line in progress.history]
-        numbers = [progress.epoch, progress.step, progress.chunks, progress.best_epoch]
-        good = all(isinstance(number, int) and number >= 0 for number in numbers)
-        good = good and all(isinstance(number, float) for number in (*progress.sums, progress.seconds))
-        good = good and len(progress.sums) == len(RetrievalTerms._fields) and len(lines) == progress.epoch
-        good = good and isinstance(progress.best_loss, float)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{WHAT} {path}: progress must have the entries of Progress; got {error!r}") from None
-    if not good:
-        raise ValueError(f"{WHAT} {path}: progress must have the entries of Progress, of their types")
-    return progress
+        return progress_from(content.get("progress"))
+    except ValueError as error:
+        raise ValueError(f"{WHAT} {path}: {error}") from None

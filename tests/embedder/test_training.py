@@ -22,7 +22,8 @@ from longlive_rag_ops.embedder.latent_file import LatentFile, latent_files, save
 from longlive_rag_ops.embedder.stop_signal import StopSignal
 from longlive_rag_ops.embedder.training import find_device, train
 from longlive_rag_ops.embedder.training_loop import TrainingLoop
-from longlive_rag_ops.embedder.training_state import Progress, read_training, write_training
+from longlive_rag_ops.embedder.training_progress import Progress
+from longlive_rag_ops.embedder.training_state import read_training, write_training
 from longlive_rag_ops.safetensors_file import read_safetensors
 
 
@@ -213,7 +214,7 @@ def test_processes_that_read_change_no_number(data: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("workers", [0, 1])
 def test_latents_with_nan_name_their_file(data: Path, tmp_path: Path, workers: int) -> None:
     latents = latent_files(data)[3].read()
-    latents[:, 0, 0, 0] = float("nan")
+    latents[1:, 0, 0, 0] = float("nan")
     save_latents(data / "clip3.safetensors", latents)
     with pytest.raises(ValueError, match=r"^latent file \S*clip3\.safetensors: latents must be finite, frame \d+ has"):
         train(data, tmp_path / "out", tiny(num_workers=workers), device="cpu", progress=False)
@@ -249,7 +250,7 @@ def test_nothing_is_written_when_a_run_is_refused(data: Path, tmp_path: Path) ->
     assert not out.exists()
     train(data, out, tiny(epochs=1), device="cpu", progress=False)
     before = files_of(out)
-    with pytest.raises(ValueError, match=r"out holds a run already \(config\.json, last\.pt, .*resume"):
+    with pytest.raises(ValueError, match=r"out holds a run already \(last\.pt in .*resume"):
         train(data, out, tiny(epochs=1), device="cpu", progress=False)
     with pytest.raises(
         ValueError, match=r"only as it was started: batch_size is 2, was 3; lr is 0\.01, was 0\.003\. Ta"
@@ -379,7 +380,7 @@ def test_a_write_that_fails_leaves_the_old_state(
         with pytest.raises(OSError, match="No space left"):
             train(data, out, tiny(), resume=True, device="cpu", progress=False)
     assert files_of(out)["last.pt"] == before["last.pt"]
-    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == [".lock"]
     train(data, out, tiny(), resume=True, device="cpu", progress=False)
     assert_same_run(tmp_path / "whole", out)
 
@@ -396,14 +397,22 @@ def test_weights_that_are_not_finite_are_never_written(data: Path, tmp_path: Pat
     assert (out / "last.pt").read_bytes() == before
 
 
-def test_tensorboard_has_every_loss_once(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [0, 1])
+def test_tensorboard_has_every_loss_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Callable[..., None], saved: int
+) -> None:
+    """After a run that was killed with this many epochs saved and one more, which comes twice, or two more, done."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
-    train(data, tmp_path / "out", tiny(epochs=1), device="cpu", progress=False)
-    after_one = (tmp_path / "out" / "last.pt").read_bytes()
+    # Files of one second are in the order of this number as a text.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+    interrupt(1 + 3 * saved)
+    assert train(data, tmp_path / "out", tiny(epochs=3), device="cpu", progress=False).epochs == saved
+    kept = (tmp_path / "out" / "last.pt").read_bytes()
     train(data, tmp_path / "out", tiny(epochs=2), resume=True, device="cpu", progress=False)
-    (tmp_path / "out" / "last.pt").write_bytes(after_one)  # killed before it wrote another: epoch 2 comes twice
+    (tmp_path / "out" / "last.pt").write_bytes(kept)
     train(data, tmp_path / "out", tiny(epochs=3), resume=True, device="cpu", progress=False)
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
     events.Reload()

@@ -100,6 +100,14 @@ def test_json_needs_nothing_and_round_trips(tmp_path: Path, monkeypatch: pytest.
         ("a.json", "{", "is not JSON"),
         ("a.yaml", "a: [", r"a\.yaml is not YAML"),
         ("a.yaml", "!!python/object/apply:os.getcwd []", r"a\.yaml is not YAML"),
+        ("a.yaml", "lr: 2001-99-99", r"a\.yaml has a value that YAML cannot read: month must be in 1\.\.12"),
+        ("a.yaml", "epochs: 1" + "0" * 5000, r"a\.yaml has a value that YAML cannot read: .*4300 digits"),
+        ("a.json", '{"epochs": 1' + "0" * 5000 + "}", r"a\.json is not JSON: .*4300 digits"),
+        ("a.yaml", '!!int ""', r"a\.yaml has a value that YAML cannot read"),
+        ("a.yaml", "!!timestamp x", r"a\.yaml has a value that YAML cannot read"),
+        ("a.yaml", "7: 1", r"a\.yaml has a setting whose name is no text but int"),
+        ("a.yaml", 'lr: "1_0"', r"a\.yaml: lr must be a number, got '1_0'"),
+        ("a.json", "null", "must be a mapping of settings, got NoneType"),
         ("a.toml", "lr = 1", r"must end in \.json, \.yaml or \.yml"),
     ],
 )
@@ -109,6 +117,13 @@ def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: s
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_settings(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
+def test_an_empty_yaml_file_is_the_defaults(tmp_path: Path, text: str) -> None:
+    pytest.importorskip("yaml")
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_settings(tmp_path / "a.yaml") == ({}, [])
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
