@@ -46,10 +46,11 @@ void Bank::State::grow(std::shared_ptr<HostArena::Growth> growth) noexcept {
     const Lock lock(mutex);
     growth_refused = !records->arena().end_growth(*growth, growth_waiters > 0);
     growth.reset();
-    growth_error = error;
+    const bool failed = error != nullptr;
+    growth_error = std::move(error);  // no copy stays here: whoever waits may be the last to let it go
     ++changes;
     changed.notify_all();
-    if (error || closing || !short_of_slabs()) continue;
+    if (failed || closing || !short_of_slabs()) continue;
     try {
       growth = records->arena().begin_growth();
     } catch (...) {  // no memory: another time
