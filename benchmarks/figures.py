@@ -135,8 +135,6 @@ class Row:
     bytes: int = 0
     trouble: str = ""  # why there are no seconds
     wrong: bool = False  # it failed or its output is wrong; not so when it is absent
-    shape: dict[str, Any] = field(default_factory=dict)  # what differs from the other rows'
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

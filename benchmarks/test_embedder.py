@@ -22,8 +22,7 @@ import torch
 
 from benchmarks.contenders import Ours, Shape
 from benchmarks.embedder_contenders import FRAMES, as_published, contiguous, exact, random_autoencoder
-from benchmarks.record import cpu_name
-from benchmarks.test_attention_step import WARM_BLOCKS
+from benchmarks.test_attention_step import WARM_BLOCKS, cpu_name
 from longlive_rag_ops.embedder import AutoencoderEmbedder
 
 OURS, CONTIGUOUS = "one call", "one call, contiguous"
