@@ -64,41 +64,46 @@ def test_attention_step(benchmark) -> None:  # type: ignore[no-untyped-def]
             start += 3
 
         benchmark.pedantic(take_turns, rounds=rounds, iterations=1)
-    report = summary(seconds, shape)
-    benchmark.extra_info.update(report)
-    print("\n" + as_text(report))
-    out = os.environ.get("LONGLIVE_BENCH_OUT")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "attention_step.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-def summary(seconds: dict[str, list[float]], shape: Shape) -> dict[str, object]:
-    """Medians, and each contender's time over ours, as the median of the rounds' ratios."""
-    ours = seconds[Ours.name]
-    return {
-        "what": f"one layer, one block of {FORWARDS} forwards: 12 frames of {shape.tokens} tokens, "
+    report = summary(
+        f"one layer, one block of {FORWARDS} forwards: 12 frames of {shape.tokens} tokens, "
         f"{shape.heads} heads x {shape.head_dim}, float32",
+        seconds,
+        Ours.name,
+    )
+    benchmark.extra_info.update(report)
+    publish(report, "attention_step")
+
+
+def summary(what: str, seconds: dict[str, list[float]], ours: str) -> dict[str, object]:
+    """Medians, and each contender's time over ours, as the median of the rounds' ratios."""
+    own = seconds[ours]
+    return {
+        "what": what,
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "rounds": len(ours),
+        "rounds": len(own),
         "median_seconds_per_block": {name: statistics.median(times) for name, times in seconds.items()},
         "spread_seconds_per_block": {name: [min(times), max(times)] for name, times in seconds.items()},
         "time_over_ours": {
-            name: statistics.median(other / own for other, own in zip(times, ours, strict=True))
+            name: statistics.median(one / other for one, other in zip(times, own, strict=True))
             for name, times in seconds.items()
         },
         "round_seconds": seconds,
     }
 
 
-def as_text(report: dict[str, object]) -> str:
+def publish(report: dict[str, object], name: str) -> None:
+    """Prints a summary, and writes it where ``LONGLIVE_BENCH_OUT`` says."""
     medians, ratios = report["median_seconds_per_block"], report["time_over_ours"]
     assert isinstance(medians, dict) and isinstance(ratios, dict)
-    lines = [f"{report['what']}", f"{report['device']}, {report['threads']} threads, torch {report['torch']}"]
-    lines += [f"  {name:<18} {1000 * medians[name]:9.1f} ms a block   {ratios[name]:5.2f} x ours" for name in medians]
-    return "\n".join(lines)
+    print(f"\n{report['what']}\n{report['device']}, {report['threads']} threads, torch {report['torch']}")
+    for contender in medians:
+        print(f"  {contender:<22} {1000 * medians[contender]:9.1f} ms a block   {ratios[contender]:5.2f} x ours")
+    out = os.environ.get("LONGLIVE_BENCH_OUT")
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def cpu_name() -> str:

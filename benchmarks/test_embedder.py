@@ -10,19 +10,16 @@ round; ratios are medians of the rounds' ratios. Outputs are compared before any
 from __future__ import annotations
 
 import functools
-import json
 import os
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.contenders import Ours, Shape
 from benchmarks.embedder_contenders import FRAMES, as_published, contiguous, exact, random_autoencoder
-from benchmarks.test_attention_step import WARM_BLOCKS, cpu_name
+from benchmarks.test_attention_step import WARM_BLOCKS, publish, summary
 from longlive_rag_ops.embedder import AutoencoderEmbedder
 
 OURS, CONTIGUOUS = "one call", "one call, contiguous"
@@ -74,39 +71,12 @@ def test_embedder(benchmark) -> None:  # type: ignore[no-untyped-def]
             turn += 1
 
         benchmark.pedantic(take_turns, rounds=rounds, iterations=1)
-    report = summary(seconds, shape)
-    benchmark.extra_info.update(report)
-    print("\n" + as_text(report))
-    out = os.environ.get("LONGLIVE_BENCH_OUT")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "embedder.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-def summary(seconds: dict[str, list[float]], shape: Shape) -> dict[str, object]:
-    """Medians, and each contender's time over ours, as the median of the rounds' ratios."""
-    ours = seconds[OURS]
-    return {
-        "what": f"embeddings of a block: {FRAMES} latent frames of 16 x 60 x 104, the released sizes, float32; "
+    report = summary(
+        f"embeddings of a block: {FRAMES} latent frames of 16 x 60 x 104, the released sizes, float32; "
         f"attention: one layer, one forward of the block, {shape.config.window} frames of {shape.tokens} tokens (a "
         f"quarter of the model's), {shape.heads} heads x {shape.head_dim}",
-        "device": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rounds": len(ours),
-        "median_seconds_per_block": {name: statistics.median(times) for name, times in seconds.items()},
-        "spread_seconds_per_block": {name: [min(times), max(times)] for name, times in seconds.items()},
-        "time_over_ours": {
-            name: statistics.median(other / own for other, own in zip(times, ours, strict=True))
-            for name, times in seconds.items()
-        },
-        "round_seconds": seconds,
-    }
-
-
-def as_text(report: dict[str, object]) -> str:
-    medians, ratios = report["median_seconds_per_block"], report["time_over_ours"]
-    assert isinstance(medians, dict) and isinstance(ratios, dict)
-    lines = [f"{report['what']}", f"{report['device']}, {report['threads']} threads, torch {report['torch']}"]
-    lines += [f"  {name:<22} {1000 * medians[name]:9.1f} ms   {ratios[name]:5.2f} x one call" for name in medians]
-    return "\n".join(lines)
+        seconds,
+        OURS,
+    )
+    benchmark.extra_info.update(report)
+    publish(report, "embedder")

@@ -126,6 +126,20 @@ def read_safetensors(path: Path, what: str = "file") -> tuple[dict[str, str], di
     return parse_safetensors(raw, f"{what} {path}")
 
 
+def map_safetensors(path: Path, what: str = "file") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """As `read_safetensors`, but the tensors are the file's, mapped: what is not looked at is not read.
+
+    To be copied from while the file stays as it is.
+    """
+    try:
+        with path.open("rb") as file:
+            empty = os.fstat(file.fileno()).st_size == 0  # and cannot be mapped
+            raw = bytearray() if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    return parse_safetensors(raw, f"{what} {path}")
+
+
 def parse_safetensors(raw: bytearray | mmap.mmap, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a file's bytes; the tensors share their memory.
 

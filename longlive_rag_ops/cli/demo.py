@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from .window_options import add_window_options
+
 if TYPE_CHECKING:
     from ..bank.config import BankConfig
 
@@ -23,17 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--out", default="longlive_demo", metavar="DIR", help="folder to write to (default %(default)s)"
     )
-    frames = parser.add_argument_group("window sizes in latent frames (four video frames each)")
-    frames.add_argument("--window", type=int, default=12, metavar="W", help="frames attended to (default %(default)s)")
-    frames.add_argument("--sink", type=int, default=1, metavar="S", help="first frames kept (default %(default)s)")
-    frames.add_argument("--top-k", type=int, default=6, metavar="K", help="frames retrieved (default %(default)s)")
-    frames.add_argument(
-        "--recent-exclude",
-        type=int,
-        default=5,
-        metavar="R",
-        help="newest evicted frames left out (default %(default)s)",
-    )
+    add_window_options(parser, "window sizes in latent frames (four video frames each)")
     tiers = parser.add_argument_group("memory bank (without --host-bytes all history stays in one pool)")
     tiers.add_argument("--host-bytes", metavar="SIZE", help="host memory for history, such as 64MiB")
     tiers.add_argument(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .window_options import add_window_options
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
@@ -32,17 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "average_pool grid_pool)",
     )
     parser.add_argument("--out", metavar="DIR", help="folder for evaluation.json, evaluation.md and pictures")
-    frames = parser.add_argument_group("window sizes in latent frames")
-    frames.add_argument("--window", type=int, default=12, metavar="W", help="frames attended to (default %(default)s)")
-    frames.add_argument("--sink", type=int, default=1, metavar="S", help="first frames kept (default %(default)s)")
-    frames.add_argument("--top-k", type=int, default=6, metavar="K", help="frames retrieved (default %(default)s)")
-    frames.add_argument(
-        "--recent-exclude",
-        type=int,
-        default=5,
-        metavar="R",
-        help="newest evicted frames left out (default %(default)s)",
-    )
+    add_window_options(parser)
     parser.add_argument(
         "--edit-pairs",
         choices=("all", "none"),

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..embedder.recording import is_recording
     from ..engines import check_engine
-    from ..safetensors_file import read_safetensors
+    from ..safetensors_file import map_safetensors
 
     check_engine(args.engine)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
     for name in args.traces:
         path = Path(name)
-        embedder = is_recording(*read_safetensors(path, "trace"))
+        embedder = is_recording(*map_safetensors(path, "trace"))
         agrees = _replay_embedder(path, args.device) if embedder else _replay_attention(path, args.engine, args.device)
         failed += not agrees
     return 1 if failed else 0

@@ -12,7 +12,6 @@ for are read.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..safetensors_file import parse_safetensors, write_safetensors
+from ..safetensors_file import map_safetensors, write_safetensors
 from .checkpoint import read_pickle, unusable
 
 WHAT = "latent file"
@@ -135,21 +134,12 @@ def _tensor(path: Path) -> torch.Tensor:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{WHAT} {path} must end in {', '.join(SUFFIXES)}")
     if path.suffix == ".safetensors":
-        found: Any = _named(path, _mapped_safetensors(path))
+        found: Any = _named(path, map_safetensors(path, WHAT)[1])
     elif path.suffix == ".npy":
         found = _mapped_array(path)
     else:
         found = _named(path, _mapped_pickle(path))
     return _check(path, found)
-
-
-def _mapped_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with path.open("rb") as file:
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise ValueError(f"{WHAT} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return parse_safetensors(raw, f"{WHAT} {path}")[1]
 
 
 def _mapped_pickle(path: Path) -> Any:

@@ -27,19 +27,6 @@ from longlive_rag_ops.embedder.training_state import read_training, write_traini
 from longlive_rag_ops.safetensors_file import read_safetensors
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_clips(tmp_path / "clips")
-
-
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Sends this process a signal inside the n-th call of a method of the loop."""

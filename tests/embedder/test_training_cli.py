@@ -10,13 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
-from training_cases import OPTIONS, assert_same_run, files_of, read_metrics, write_clips
+from training_cases import OPTIONS, assert_same_run, files_of, read_metrics
 
 from longlive_rag_ops.cli import main
 from longlive_rag_ops.embedder import load_autoencoder
@@ -28,19 +26,6 @@ PROGRAM = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from longlive_rag_ops.cli import main; sys.exit(main())"
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_clips(tmp_path / "clips")
 
 
 def command(data: Path, out: Path, *more: str) -> list[str]:
