@@ -1,4 +1,4 @@
-"""The dense engine: rotation by complex products, search by a matrix product, dense attention over the window run.
+"""The dense engine: rotation by complex products, search by matrix products, dense attention over the window run.
 
 Same functions and arguments as `reference`, which they are tested against. The attention is in `dense_attention`:
 the best dense kernel that is installed, over the contiguous run of window slots in place.
@@ -15,9 +15,11 @@ import torch
 
 from . import chain, reference
 from .dense_attention import window_attend
-from .reference import lse_dtype, merge_attention, row_scores, unit_rows
+from .reference import lse_dtype, row_scores, unit_rows
 
 __all__ = ["merge_attention", "place_frames", "retrieve_attend", "topk_retrieve", "window_attend", "write_frames"]
+
+CHUNK = 2**18  # numbers of an index that are converted at a time: in float32 a megabyte, which stays in a core's cache
 
 
 def topk_retrieve(
@@ -35,7 +37,7 @@ def topk_retrieve(
     min_score: float | None = None,
     diversity: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix product ranks all rows; the few that rounding could move into the best k are scored again exactly."""
+    """Matrix products rank all rows; the few that rounding could move into the best k are scored again exactly."""
     if diversity > 0:  # every round scores all rows anew: nothing here is faster than the oracle's vector operations
         return reference.topk_retrieve(
             query,
@@ -65,12 +67,9 @@ def topk_retrieve(
         allowed = (frames >= max(first_frame, 0)) & (frames < end)
         if exclude is not None:
             allowed &= ~torch.isin(frames, exclude[b])
-        rows = index[b, :length].to(dtype)
-        if index_scale is not None:
-            rows = rows * index_scale[b, :length, None].to(dtype)
-        rows = rows if normalized else unit_rows(rows)
+        rows, factors = index[b, :length], None if index_scale is None else index_scale[b, :length]
         unit_query = unit_rows(query[b])
-        rough = torch.mv(rows, unit_query)
+        rough = _rough_scores(unit_query, rows, factors, normalized)
         if min_score is not None:
             allowed &= rough >= min_score - slack
         rough = torch.where(allowed & rough.isfinite(), rough, -math.inf)
@@ -78,7 +77,11 @@ def topk_retrieve(
         if best == 0:
             continue
         contenders = (rough >= rough.topk(best).values[-1] - slack).nonzero().flatten()
-        exact, frames = row_scores(unit_query, rows.index_select(0, contenders)), frames[contenders]
+        chosen = rows.index_select(0, contenders).to(dtype)
+        if factors is not None:
+            chosen = chosen * factors[contenders, None].to(dtype)
+        exact = row_scores(unit_query, chosen if normalized else unit_rows(chosen))
+        frames = frames[contenders]
         if min_score is not None:
             passed = exact >= min_score
             exact, frames = exact[passed], frames[passed]
@@ -87,6 +90,43 @@ def topk_retrieve(
         ranked = older_first[exact[older_first].argsort(descending=True, stable=True)][:best]
         ids[b, :best], scores[b, :best] = frames[ranked], exact[ranked]
     return ids, scores
+
+
+def _rough_scores(
+    unit_query: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor | None, normalized: bool
+) -> torch.Tensor:
+    """Cosines ``(N,)`` of a unit query ``(E,)`` with rows ``(N, E)``, NaN or infinite where a row has none.
+
+    What is stored as it is searched is read once; other rows are converted a chunk at a time, and on a GPU at once.
+    """
+    dtype = unit_query.dtype
+    if rows.dtype == dtype and normalized and factors is None:
+        return torch.mv(rows, unit_query)
+    size = max(1, CHUNK // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
+    scores = unit_query.new_empty(len(rows))
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size].to(dtype)
+        if factors is not None and not normalized:
+            part *= factors[first : first + size, None].to(dtype)
+        scores[first : first + size] = torch.mv(part if normalized else unit_rows(part), unit_query)
+    if factors is not None and normalized:
+        scores *= factors.to(dtype)
+    return scores
+
+
+def merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights in float64, as in `reference`; the outputs are summed in float32 (float64 stays)."""
+    compute = lse_dtype(outs.dtype)
+    parts = lses.double()
+    total = parts.logsumexp(0)
+    shift = torch.where(total == -math.inf, 0.0, total)  # all parts empty: exp(-inf - 0) = 0, never exp(nan)
+    weights = (parts - shift).exp().transpose(2, 3)[..., None]  # (P, B, S, H, 1)
+    unused = weights == 0  # such a part must not make the sum NaN
+    guarded = outs.is_cuda or bool(unused.any())  # a look is cheap on a CPU; on a GPU the host would wait
+    joined = torch.zeros(outs.shape[1:], dtype=compute, device=outs.device)
+    for weight, out, dropped in zip(weights.to(compute), outs, unused, strict=True):
+        joined.addcmul_(weight, out.masked_fill(dropped, 0.0).to(compute) if guarded else out.to(compute))
+    return joined.to(outs.dtype), total.to(lses.dtype)
 
 
 def write_frames(

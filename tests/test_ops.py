@@ -228,10 +228,14 @@ def test_merging_parts_equals_attending_to_all_at_once() -> None:
 def test_merging_ignores_what_an_empty_part_holds() -> None:
     outs, lses = torch.ones(2, 1, 3, 1, 4), torch.zeros(2, 1, 1, 3)
     outs[1], lses[1] = torch.nan, -torch.inf
-    out, lse = torch.ops.longlive.merge_attention(outs, lses)
-    assert torch.equal(out, outs[0]) and torch.equal(lse, lses[0])
-    out, lse = torch.ops.longlive.merge_attention(outs[1:], lses[1:])
-    assert not out.any() and (lse == -torch.inf).all()
+    for engine in ("reference", "dense"):
+        out, lse = torch.ops.longlive.merge_attention(outs, lses, engine=engine)
+        assert torch.equal(out, outs[0]) and torch.equal(lse, lses[0])
+        out, lse = torch.ops.longlive.merge_attention(outs[1:], lses[1:], engine=engine)
+        assert not out.any() and (lse == -torch.inf).all()
+    lses[1] = -200.0  # a weight too small for float32 is one all the same
+    for engine in ("reference", "dense"):
+        assert torch.ops.longlive.merge_attention(outs, lses, engine=engine)[0].isnan().all()
 
 
 def test_merging_passes_a_part_s_nan_on() -> None:

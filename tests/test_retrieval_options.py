@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlive_rag_ops import MemoryWindow, WindowConfig
+from longlive_rag_ops import MemoryWindow, WindowConfig, dense
 
 ENGINES = ("reference", "dense")
 
@@ -81,6 +81,20 @@ def test_an_int8_index_is_its_rows_times_their_scale(engine: str, normalized: bo
         strict=True,
     ):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("options", ["int8", "gate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_dense_engine_converts_an_index_in_chunks(
+    options: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle's frames and scores to the last bit, however rows fall into chunks; the last one is short."""
+    case = cases.topk(rows=40, options=options, dtype=dtype)
+    want = torch.ops.longlive.topk_retrieve(**case, engine="reference")
+    for rows in (1, 3, 7, 64):
+        monkeypatch.setattr(dense, "CHUNK", rows * case["index"].shape[2])
+        for got, oracle in zip(torch.ops.longlive.topk_retrieve(**case, engine="dense"), want, strict=True):
+            assert torch.equal(got, oracle), rows
 
 
 @pytest.mark.parametrize(
