@@ -65,8 +65,8 @@ def index_bytes(rows: int, embedding: int, itemsize: int) -> int:
     return rows * (embedding * itemsize + 8)
 
 
-def copies_for_cold_cache(bytes_each: int, cache_bytes: int, most: int = 64) -> int:
-    """How many sets of tensors to take in turn so that four times the L2 cache passes between two uses of one."""
+def copies_for_cold_cache(bytes_each: int, cache_bytes: int, most: int = 256) -> int:
+    """How many sets of tensors to take in turn so that four times the cache passes between two uses of one."""
     return min(most, 2 + math.ceil(4 * cache_bytes / max(1, bytes_each)))
 
 
@@ -103,6 +103,7 @@ class Target:
     Attributes:
         got: what was measured; None when it could not be.
         least: whether ``limit`` is the least or the most allowed.
+        lacking: how many of the numbers that should decide were not measured.
     """
 
     what: str
@@ -111,11 +112,12 @@ class Target:
     least: bool
     unit: str = ""
     note: str = ""
+    lacking: int = 0
 
     @property
     def met(self) -> bool:
-        """NaN and what was not measured are not met."""
-        if self.got is None or not math.isfinite(self.got):
+        """NaN and what was not measured, in whole or in part, are not met."""
+        if self.got is None or not math.isfinite(self.got) or self.lacking:
             return False
         return self.got >= self.limit if self.least else self.got <= self.limit
 
@@ -135,6 +137,8 @@ class Row:
     bytes: int = 0
     trouble: str = ""  # why there are no seconds
     wrong: bool = False  # it failed or its output is wrong; not so when it is absent
+    shape: dict[str, Any] = field(default_factory=dict)  # what differs from the other rows'
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

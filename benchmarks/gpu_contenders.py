@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -185,7 +186,8 @@ def dense_backends(q: torch.Tensor) -> dict[str, Backend | str]:
 
 
 def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    """For results that others read: folders of this machine are left out."""
+    text = re.sub(r"(?:/[^\s/'\":]+)+/", "", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:120] if text else ''}"
 
 

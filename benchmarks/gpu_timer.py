@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from benchmarks.turns import Measured, take_turns
 
 Call = Callable[[], object]
 
@@ -32,10 +35,16 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call in every round, and how it was launched: ``graph`` or ``eager``."""
+    """Seconds a call in every round, and how it was launched: ``graph`` or ``eager``; or the error that it ended in."""
 
     seconds: list[float]
     mode: str
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, measured: Measured, mode: str) -> Timing:
+        """Of what `take_turns` found."""
+        return cls([], mode, measured) if isinstance(measured, Exception) else cls(measured, mode)
 
 
 class GpuTimer:
@@ -53,23 +62,33 @@ class GpuTimer:
 
     def measure(self, contenders: Sequence[Contender]) -> dict[str, Timing]:
         """All contenders, one after another in every round, in an order that changes from round to round."""
-        runs = [self._prepared(contender) for contender in contenders]
-        for run, _, _ in runs:
-            self._once(run)
-        seconds: list[list[float]] = [[] for _ in runs]
-        for number in range(self.rounds):
-            for turn in range(len(runs)):
-                which = (turn + number) % len(runs)
-                run, calls, _ = runs[which]
-                seconds[which].append(self._once(run) / calls)
+        modes: dict[str, str] = {}
+        measures = [self._measure(contender, modes) for contender in contenders]
+        found = take_turns(measures, self.rounds)
         return {
-            contender.name: Timing(times, mode)
-            for contender, times, (_, _, mode) in zip(contenders, seconds, runs, strict=True)
+            contender.name: Timing.of(own, modes.get(contender.name, "eager"))
+            for contender, own in zip(contenders, found, strict=True)
         }
 
-    def _once(self, run: Call) -> float:
+    def _measure(self, contender: Contender, modes: dict[str, str]) -> Callable[[], float]:
+        """What times a contender once; the first time it captures it and runs it up before."""
+        ready: list[tuple[Call, int]] = []
+
+        def measure() -> float:
+            if not ready:
+                run, count, modes[contender.name] = self._prepared(contender)
+                ready.append((run, count))
+                self._once(run, contender.launched)
+            run, count = ready[0]
+            return self._once(run, contender.launched) / count
+
+        return measure
+
+    def _once(self, run: Call, launched: bool) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._ahead.zero_()
+        if launched:  # finds an idle device; the wait is not part of the call
+            torch.cuda.synchronize()
         begin.record()
         run()
         end.record()
@@ -83,9 +102,7 @@ class GpuTimer:
             first()  # compiles, chooses algorithms
         torch.cuda.synchronize()
         calls = itertools.cycle(contender.calls)
-        if contender.launched:
-            return lambda: (torch.cuda.synchronize(), next(calls)()), 1, "eager"
-        if not _waits_for_the_device(first):
+        if not contender.launched and not _waits_for_the_device(first):
             with contextlib.suppress(RuntimeError):  # what cannot be captured for another reason
                 return _captured(contender.calls).replay, len(contender.calls), "graph"
         return lambda: next(calls)(), 1, "eager"
@@ -126,9 +143,10 @@ class DryTimer:
     cache_bytes = 1
 
     def measure(self, contenders: Sequence[Contender]) -> dict[str, Timing]:
-        timings = {}
-        for contender in contenders:
-            began = time.perf_counter()
-            contender.calls[0]()
-            timings[contender.name] = Timing([time.perf_counter() - began], "dry")
-        return timings
+        found = take_turns([functools.partial(self._once, contender) for contender in contenders], self.rounds)
+        return {contender.name: Timing.of(own, "dry") for contender, own in zip(contenders, found, strict=True)}
+
+    def _once(self, contender: Contender) -> float:
+        began = time.perf_counter()
+        contender.calls[0]()
+        return time.perf_counter() - began

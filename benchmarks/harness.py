@@ -69,7 +69,10 @@ class Bench:
             if not row.trouble:
                 ready.append(Contender(entrant.name, entrant.calls, entrant.launched))
         for name, timing in self.timer.measure(ready).items():
-            rows[name].seconds, rows[name].mode = timing.seconds, timing.mode
+            row = rows[name]
+            row.seconds, row.mode = timing.seconds, timing.mode
+            if timing.error is not None:
+                row.trouble, row.wrong = f"FAILED while it was timed, {first_line(timing.error)}", True
         section.rows += rows.values()
 
 

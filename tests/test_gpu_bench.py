@@ -61,10 +61,10 @@ def test_operations_and_bytes_of_the_paper_s_shape() -> None:
     assert figures.index_bytes(100_000, 1024, item) == 205_600_000
 
 
-@pytest.mark.parametrize(("each", "cache", "copies"), [(1, 0, 2), (100, 50, 4), (10**9, 6 * 10**7, 3), (1, 10**6, 64)])
+@pytest.mark.parametrize(("each", "cache", "copies"), [(1, 0, 2), (100, 50, 4), (10**9, 6 * 10**7, 3), (1, 10**6, 256)])
 def test_tensors_taken_in_turn_exceed_the_cache(each: int, cache: int, copies: int) -> None:
     assert figures.copies_for_cold_cache(each, cache) == copies
-    assert copies == 64 or (copies - 1) * each >= 4 * cache
+    assert copies == 256 or (copies - 1) * each >= 4 * cache
 
 
 def test_medians_and_ratios() -> None:
@@ -294,5 +294,5 @@ def test_gpu_timer_divides_by_the_calls_and_launches_what_waits(monkeypatch: pyt
     assert timings["graphed"] == Timing([2.0] * 4, "graph")  # four seconds for two calls
     assert timings["waiting"].mode == "eager" and sorted(timings["waiting"].seconds) == [5.0, 5.0, 7.0, 7.0]
     assert cuda.mode == 0 and order.count("b") == 1
-    with pytest.raises(RuntimeError, match="out of memory"):
-        timer.measure([Contender("broken", [lambda: exec("raise RuntimeError('out of memory')")])])
+    broken = timer.measure([Contender("broken", [lambda: exec("raise RuntimeError('out of memory')")])])["broken"]
+    assert broken.seconds == [] and str(broken.error) == "out of memory"
