@@ -10,9 +10,33 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import compile, demo, doctor, eval_embedder, fit_codec, inspect, latents, replay, train_embedder
+from . import (
+    bench,
+    bench_report,
+    compile,
+    demo,
+    doctor,
+    eval_embedder,
+    fit_codec,
+    inspect,
+    latents,
+    replay,
+    train_embedder,
+)
 
-COMMANDS = (demo, replay, doctor, compile, eval_embedder, fit_codec, inspect, latents, train_embedder)
+COMMANDS = (
+    demo,
+    replay,
+    doctor,
+    compile,
+    bench,
+    bench_report,
+    eval_embedder,
+    fit_codec,
+    inspect,
+    latents,
+    train_embedder,
+)
 
 
 def parser() -> argparse.ArgumentParser:
