@@ -1,7 +1,8 @@
 """Ways to do one self-attention layer's work for a block: rotation, cache, attention.
 
-Each contender has ``run_block(start, forwards)``, which takes the block's q, k, v for every forward, and returns the
-last output. All get the same tensors; all attend to 12 frames once the window is full.
+Each contender has ``run_block(start, forwards, embeddings)``, which takes the block's q, k, v for every forward, and
+returns the last output. All get the same tensors; all attend to 12 frames once the window is full, by the same dense
+attention.
 """
 
 from __future__ import annotations
@@ -9,75 +10,77 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as functional
 
-from longlive_rag_ops import MemoryWindow, WindowConfig
+from longlive_rag_ops import MemoryWindow, WindowConfig, dense_attention
 from longlive_rag_ops.rotary import default_split, rotary_table
 
 Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, each (1, n * T, H, D)
 
 
 class Shape:
-    """Sizes of the benchmark: window, grid of tokens, heads."""
+    """Sizes of the benchmark: window, grid of tokens, heads; where its tensors are, and their dtype."""
 
-    def __init__(self, grid: tuple[int, int] = (15, 26), heads: int = 12, head_dim: int = 128) -> None:
+    def __init__(
+        self,
+        grid: tuple[int, int] = (15, 26),
+        heads: int = 12,
+        head_dim: int = 128,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.config = WindowConfig()
         self.grid = grid
         self.tokens = grid[0] * grid[1]
         self.heads = heads
         self.head_dim = head_dim
         self.embedding = 1024
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    def zeros(self, *size: int) -> torch.Tensor:
+        return torch.zeros(size, device=self.device, dtype=self.dtype)
 
     def block(self, seed: int, forwards: int) -> tuple[list[Forward], torch.Tensor]:
         """Random q, k, v for each forward, and the block's embeddings ``(1, n, E)``."""
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator(self.device).manual_seed(seed)
         n = self.config.frames_per_block
+
+        def normal(*size: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.randn(size, generator=rng, device=self.device, dtype=dtype)
+
         shape = (1, n * self.tokens, self.heads, self.head_dim)
-        qkv = [
-            (
-                torch.randn(shape, generator=rng),
-                torch.randn(shape, generator=rng),
-                torch.randn(shape, generator=rng),
-            )
-            for _ in range(forwards)
-        ]
-        return qkv, torch.randn(1, n, self.embedding, generator=rng)
+        qkv = [(normal(*shape), normal(*shape), normal(*shape)) for _ in range(forwards)]
+        return qkv, normal(1, n, self.embedding, dtype=torch.float32)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense attention over ``(B, S, H, D)``, PyTorch's best on this device."""
+    """Dense attention over ``(B, S, H, D)``: the same for all contenders, the best that is installed on a GPU."""
+    if q.is_cuda:
+        return dense_attention.attend(q, k, v, None, False)[0]
     return functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(
         1, 2
     )
 
 
-class AsPublished:
-    """The published steps, written anew from their description.
+class Float64Rotation:
+    """Rotation of keys and queries as the models' code does it, in float64 complex arithmetic: its table and products.
 
-    The ring keeps un-rotated keys. Every forward clones it, rolls the clone when frames leave and writes the block into
-    it; rotates the whole ring in float64 complex arithmetic; stacks the retrieved frames and rotates them; concatenates
-    sink, retrieved and local frames, attends, and updates the ring. Evicted frames are copied into lists. Moving
-    retrieved frames between devices, which costs the published code most, does not happen on a CPU.
+    The phases of the frames are put together for every call.
     """
 
-    name = "as published"
-
     def __init__(self, shape: Shape) -> None:
-        self.shape, config = shape, shape.config
-        ring = (1, config.window * shape.tokens, shape.heads, shape.head_dim)
-        self.ring_k, self.ring_v = torch.zeros(ring), torch.zeros(ring)
-        self.history_k: list[torch.Tensor] = []
-        self.history_v: list[torch.Tensor] = []
-        self.embeddings: list[torch.Tensor] = []
-        table = torch.view_as_complex(rotary_table(shape.head_dim))
+        self.grid = shape.grid
+        table = torch.view_as_complex(rotary_table(shape.head_dim, device=shape.device))
         self.time_phase, self.height_phase, self.width_phase = table.split(
             [channels // 2 for channels in default_split(shape.head_dim)], dim=1
         )
 
-    def rotate(self, x: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        height, width = self.shape.grid
-        frames = len(positions)
+    def __call__(self, x: torch.Tensor, first: int, frames: int, still: bool = False) -> torch.Tensor:
+        """``x (B, n * T, H, D)``, its first frame at the position ``first``; ``still``: all frames are at ``first``."""
+        height, width = self.grid
+        steps = self.time_phase[first : first + 1] if still else self.time_phase[first : first + frames]
         phase = torch.cat(
             [
-                self.time_phase[positions].view(frames, 1, 1, -1).expand(frames, height, width, -1),
+                steps.view(-1, 1, 1, steps.shape[-1]).expand(frames, height, width, -1),
                 self.height_phase[:height].view(1, height, 1, -1).expand(frames, height, width, -1),
                 self.width_phase[:width].view(1, 1, width, -1).expand(frames, height, width, -1),
             ],
@@ -85,6 +88,42 @@ class AsPublished:
         ).reshape(frames * height * width, 1, -1)
         pairs = torch.view_as_complex(x.to(torch.float64).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * phase).flatten(-2).type_as(x)
+
+
+def roll(ring: torch.Tensor, shape: Shape, frames: int) -> None:
+    """Drops a ring's ``frames`` oldest frames behind the sink; those that stay move to the front, by way of a copy."""
+    config, tokens = shape.config, shape.tokens
+    sink, keep = config.sink * tokens, (config.window - config.sink - frames) * tokens
+    ring[:, sink : sink + keep] = ring[:, sink + frames * tokens :].clone()
+
+
+class AsPublished:
+    """The published steps, written anew from their description.
+
+    The ring keeps un-rotated keys. Every forward clones it, rolls the clone when frames leave and writes the block into
+    it; rotates the whole ring in float64 complex arithmetic; stacks the retrieved frames and rotates them; concatenates
+    sink, retrieved and local frames, attends, and updates the ring. Evicted frames go into lists in host memory, and
+    every forward brings each retrieved frame's keys and values back in a copy of its own. On a CPU the first is a copy
+    and the second does not happen.
+
+    Args:
+        pageable: the history is pageable memory. Otherwise the published call, ``to("cpu", non_blocking=True)``,
+            decides, for which torch takes page-locked memory.
+    """
+
+    name = "as published"
+
+    def __init__(self, shape: Shape, pageable: bool = False) -> None:
+        self.shape, config, self.pageable = shape, shape.config, pageable
+        ring = (1, config.window * shape.tokens, shape.heads, shape.head_dim)
+        self.ring_k, self.ring_v = shape.zeros(*ring), shape.zeros(*ring)
+        self.history_k: list[torch.Tensor] = []
+        self.history_v: list[torch.Tensor] = []
+        self.embeddings: list[torch.Tensor] = []
+        self.rotation = Float64Rotation(shape)
+
+    def rotate(self, x: torch.Tensor, first: int, frames: int, still: bool = False) -> torch.Tensor:
+        return self.rotation(x, first, frames, still)
 
     def choose(self) -> list[int]:
         config = self.shape.config
@@ -95,11 +134,19 @@ class AsPublished:
         query = functional.normalize(self.embeddings[-1], dim=-1)
         return torch.topk(pool @ query, min(config.top_k, eligible)).indices.tolist()
 
+    def offload(self, frame: torch.Tensor) -> torch.Tensor:
+        """An evicted frame's keys or values in host memory."""
+        if not frame.is_cuda:
+            return frame.clone()
+        return frame.to("cpu", non_blocking=not self.pageable)
+
+    def fetch(self, history: list[torch.Tensor], chosen: list[int]) -> torch.Tensor:
+        """Retrieved frames in a row, ``(1, K * T, H, D)``, on the device."""
+        frames = [history[i][0].to(self.shape.device, non_blocking=True) for i in chosen]
+        return torch.stack(frames).flatten(0, 1)[None]
+
     def roll(self, ring: torch.Tensor, frames: int) -> None:
-        """Drops the oldest frames behind the sink."""
-        config, tokens = self.shape.config, self.shape.tokens
-        sink, keep = config.sink * tokens, (config.window - config.sink - frames) * tokens
-        ring[:, sink : sink + keep] = ring[:, sink + frames * tokens :].clone()
+        roll(ring, self.shape, frames)
 
     def run_block(self, start: int, forwards: list[Forward], embeddings: torch.Tensor) -> torch.Tensor:
         config, tokens = self.shape.config, self.shape.tokens
@@ -116,23 +163,17 @@ class AsPublished:
             for ring, new, history in ((ring_k, k, self.history_k), (ring_v, v, self.history_v)):
                 if leaving:
                     evicted = ring[:, sink : sink + leaving * tokens]
-                    history.extend(frame.clone() for frame in evicted.split(tokens, dim=1))
+                    history.extend(self.offload(frame) for frame in evicted.split(tokens, dim=1))
                     self.roll(ring, leaving)
                 ring[:, block] = new
-            rotated = self.rotate(ring_k[:, : held * tokens], [*range(held)])
+            rotated = self.rotate(ring_k[:, : held * tokens], 0, held)
             keys, values = [rotated[:, :sink]], [ring_v[:, :sink]]
             if chosen:
-                memory_k, memory_v = (
-                    torch.stack([history[i][0] for i in chosen]).flatten(0, 1)[None]
-                    for history in (self.history_k, self.history_v)
-                )
-                keys.append(self.rotate(memory_k, [0] * len(chosen)))
-                values.append(memory_v)
+                keys.append(self.rotate(self.fetch(self.history_k, chosen), 0, len(chosen), still=True))
+                values.append(self.fetch(self.history_v, chosen))
             keys.append(rotated[:, local:])
             values.append(ring_v[:, local : held * tokens])
-            out = attention(
-                self.rotate(q, [*range(first, first + n)]), torch.cat(keys, dim=1), torch.cat(values, dim=1)
-            )
+            out = attention(self.rotate(q, first, n), torch.cat(keys, dim=1), torch.cat(values, dim=1))
             for ring, new in ((self.ring_k, k), (self.ring_v, v)):  # the update that follows the last layer
                 if leaving:
                     self.roll(ring, leaving)
@@ -141,19 +182,62 @@ class AsPublished:
         return out
 
 
+class RollingWindow:
+    """A plain sliding window of the newest 12 frames as users run it today (Self-Forcing, LongLive 1.0).
+
+    A ring of rotated keys and one of values, in order of time. When a block begins that frames must leave for, those
+    that stay are moved to the front. Every forward rotates the block's q and k in float64 complex arithmetic, at
+    positions in the video, writes keys and values in place, and attends to what is held, a contiguous piece of the
+    ring. LongLive 1.0 does the same on clones of the rings; Self-Forcing makes none, nor does this.
+    """
+
+    name = "native"
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        ring = (1, shape.config.window * shape.tokens, shape.heads, shape.head_dim)
+        self.keys, self.values = shape.zeros(*ring), shape.zeros(*ring)
+        self.rotation = Float64Rotation(shape)
+
+    def run_block(self, start: int, forwards: list[Forward], embeddings: torch.Tensor) -> torch.Tensor:
+        config, tokens = self.shape.config, self.shape.tokens
+        n, window = config.frames_per_block, config.window
+        leaving = min(max(0, start + n - window), n)
+        first, held = min(start, window - n) * tokens, min(start + n, window) * tokens
+        out = torch.empty(0)
+        for number, (q, k, v) in enumerate(forwards):
+            if leaving and number == 0:
+                for ring in (self.keys, self.values):
+                    roll(ring, self.shape, leaving)
+            rotated = self.rotation(q, start, n)
+            self.keys[:, first : first + n * tokens] = self.rotation(k, start, n)
+            self.values[:, first : first + n * tokens] = v
+            out = attention(rotated, self.keys[:, :held], self.values[:, :held])
+        return out
+
+
+def rotate_into(target: torch.Tensor, source: torch.Tensor, phase: torch.Tensor) -> None:
+    """``source (T, H, D)`` times float32 phases; float32 results go straight to where they belong."""
+    pairs = torch.view_as_complex(source.float().unflatten(-1, (-1, 2)))
+    if target.dtype == torch.float32:
+        torch.mul(pairs, phase, out=torch.view_as_complex(target.unflatten(-1, (-1, 2))))
+    else:
+        target.copy_(torch.view_as_real(pairs * phase).flatten(-2))
+
+
 class SlidingWindow:
-    """A plain sliding window of the newest 12 frames that caches rotated keys, at its best: a ring of slots.
+    """The same window as `RollingWindow`'s, at its best: a ring of slots.
 
     Only the block's keys are rotated, in float32, straight into their slots; nothing is rolled or copied.
     """
 
-    name = "sliding window"
+    name = "native, at its best"
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         size = (shape.config.window, shape.tokens, shape.heads, shape.head_dim)
-        self.keys, self.values = torch.zeros(size), torch.zeros(size)
-        table = torch.view_as_complex(rotary_table(shape.head_dim, dtype=torch.float32))
+        self.keys, self.values = shape.zeros(*size), shape.zeros(*size)
+        table = torch.view_as_complex(rotary_table(shape.head_dim, dtype=torch.float32, device=shape.device))
         time, high, _ = (channels // 2 for channels in default_split(shape.head_dim))
         height, width = shape.grid
         self.time_phase = table[:, :time]
@@ -182,8 +266,7 @@ class SlidingWindow:
                 )
                 phase = self.phase(frame)
                 for source, target in ((q[0, part], rotated[0, part]), (k[0, part], self.keys[slot])):
-                    pairs = [torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (source, target)]
-                    torch.mul(pairs[0], phase, out=pairs[1])
+                    rotate_into(target, source, phase)
                 self.values[slot] = v[0, part]
             held = min(start + config.frames_per_block, config.window)
             out = attention(rotated, self.keys[:held].flatten(0, 1)[None], self.values[:held].flatten(0, 1)[None])
@@ -193,9 +276,9 @@ class SlidingWindow:
 class Ours:
     """`MemoryWindow`: retrieval, placement, commit to history and the index included."""
 
-    name = "longlive_rag_ops"
+    name = "ours"
 
-    def __init__(self, shape: Shape, engine: str = "auto") -> None:
+    def __init__(self, shape: Shape, engine: str = "auto", history_slots: int = 160) -> None:
         self.shape = shape
         self.window = MemoryWindow(
             shape.config,
@@ -204,7 +287,9 @@ class Ours:
             tokens_per_frame=shape.tokens,
             kv_heads=shape.heads,
             head_dim=shape.head_dim,
-            history_slots=160,  # a pool that need not grow while it is timed
+            dtype=shape.dtype,
+            device=shape.device,
+            history_slots=history_slots,  # a pool that need not grow while it is timed
             engine=engine,
         )
 

@@ -1,4 +1,5 @@
-"""The attention step of one layer: as published, a plain sliding window, and this package, in one process.
+"""The attention step of one layer: as published, native (a sliding window, as it is run and at its best), and
+this package, in one process.
 
 ``pytest benchmarks/test_attention_step.py -s`` prints the ratios; a block is 4 noisy forwards and 1 clean one. The
 rounds of the contenders take turns, so that a change of the machine's speed meets all alike, and ratios are medians of
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -17,51 +17,40 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.contenders import AsPublished, Ours, Shape, SlidingWindow
-from longlive_rag_ops import WindowConfig
+from benchmarks.attention_step import FORWARDS, WARM_BLOCKS, Stream, disagreement
+from benchmarks.contenders import AsPublished, Ours, RollingWindow, Shape, SlidingWindow
+from benchmarks.record import cpu_name
 
-FORWARDS = 5
-WARM_BLOCKS = 9  # from block 8 on the window is full and six frames are retrieved
-CONTENDERS = (AsPublished, SlidingWindow, Ours)
+CONTENDERS = (AsPublished, RollingWindow, SlidingWindow, Ours)
 
 
 def check_agreement() -> None:
-    """What is timed is right: the contenders' outputs equal ours on a small grid, each in its own setting."""
-    shape = Shape(grid=(2, 3), heads=2, head_dim=32)
-    plain = Shape(grid=(2, 3), heads=2, head_dim=32)
-    plain.config = WindowConfig(window=12, sink=1, top_k=0, recent_exclude=0, position_rule="absolute")
-    for theirs, ours in ((AsPublished(shape), Ours(shape)), (SlidingWindow(plain), Ours(plain))):
-        for number in range(12):
-            forwards, embeddings = shape.block(number, 2)
-            want = theirs.run_block(3 * number, forwards, embeddings)
-            got = ours.run_block(3 * number, forwards, embeddings)
-            assert (got - want).abs().max() <= 2e-5 * want.square().mean().sqrt(), (theirs.name, number)
+    """What is timed is right: the contenders' outputs equal the oracle's on a small grid, each in its own setting."""
+    for contender in CONTENDERS:
+        assert disagreement(contender, "cpu", torch.float32) == "", contender.name
 
 
 @pytest.mark.benchmark(group="attention step, 12 frames of 390 tokens, 12 heads x 128")
 def test_attention_step(benchmark) -> None:  # type: ignore[no-untyped-def]
     check_agreement()
     shape = Shape()
-    contenders = [make(shape) for make in CONTENDERS]
-    forwards, embeddings = shape.block(0, FORWARDS)
+    streams = [Stream(make(shape), shape, FORWARDS) for make in CONTENDERS]
     rounds = int(os.environ.get("LONGLIVE_BENCH_ROUNDS", "7"))
-    start = 0
+    number = 0
     with torch.inference_mode():
-        for _ in range(WARM_BLOCKS):
-            for contender in contenders:
-                contender.run_block(start, forwards[:1], embeddings + start)
-            start += 3
-        seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        for stream in streams:
+            stream.warm(WARM_BLOCKS)
+        seconds: dict[str, list[float]] = {stream.contender.name: [] for stream in streams}
 
         def take_turns() -> None:
-            nonlocal start
+            nonlocal number
             # Another order each round: whoever runs first finds the caches of whoever ran last.
-            for turn in range(len(contenders)):
-                contender = contenders[(turn + start // 3) % len(contenders)]
+            for turn in range(len(streams)):
+                stream = streams[(turn + number) % len(streams)]
                 began = time.perf_counter()
-                contender.run_block(start, forwards, embeddings + start)
-                seconds[contender.name].append(time.perf_counter() - began)
-            start += 3
+                stream()
+                seconds[stream.contender.name].append(time.perf_counter() - began)
+            number += 1
 
         benchmark.pedantic(take_turns, rounds=rounds, iterations=1)
     report = summary(
@@ -104,13 +93,3 @@ def publish(report: dict[str, object], name: str) -> None:
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -17,9 +17,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.attention_step import WARM_BLOCKS
 from benchmarks.contenders import Ours, Shape
 from benchmarks.embedder_contenders import FRAMES, as_published, contiguous, exact, random_autoencoder
-from benchmarks.test_attention_step import WARM_BLOCKS, publish, summary
+from benchmarks.test_attention_step import publish, summary
 from longlive_rag_ops.embedder import AutoencoderEmbedder
 
 OURS, CONTIGUOUS = "one call", "one call, contiguous"
