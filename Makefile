@@ -8,6 +8,9 @@ FASTVIDEO ?= fastvideo==0.2.1
 DEMO_OUT ?= demo_out
 export EMBEDDER ?=
 BENCH_OUT ?= bench_out
+# What pytest-benchmark measures after the suites.
+BENCH_PYTEST ?= benchmarks/test_bank.py benchmarks/test_embedder.py benchmarks/test_micro.py
+BENCH_RESULTS ?=
 # Tools of compute-sanitizer, and the tests they run: each op once by the Triton engine.
 SANITIZE ?= memcheck racecheck
 SANITIZED ?= agree_with_the_oracle and triton and float16 and not bfloat16
@@ -52,7 +55,7 @@ endif
 # cmake and ninja of the environment come first, then those of the system.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo test test-cpp test-python setup-backbones test-backbones sanitize bench bench-gpu gpu-check lint wheel clean
+.PHONY: help setup demo test test-cpp test-python setup-backbones test-backbones sanitize bench bench-gpu bench-check gpu-check lint wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -61,8 +64,9 @@ help:
 	@echo 'make test    C++ tests and Python tests'
 	@echo 'make test-backbones   tests against published backbones (diffusers, FastVideo), in $(BACKBONES_VENV); not part of test'
 	@echo 'make sanitize   the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
-	@echo 'make bench   microbenchmarks, results in $(BENCH_OUT)'
-	@echo 'make bench-gpu   the ops and the memory bank on a CUDA device against its own rates and set targets, results in $(BENCH_OUT)'
+	@echo 'make bench   every suite of benchmarks on this CPU beside what one would use instead, results in $(BENCH_OUT)'
+	@echo 'make bench-gpu   the same on a CUDA device, and the ops and the memory bank against set targets, results in $(BENCH_OUT)'
+	@echo 'make bench-check   a short run on this CPU: fails where a recorded ratio has become more than 25 % worse'
 	@echo 'make gpu-check   some GPU tests under compute-sanitizer (SANITIZE=memcheck racecheck initcheck synccheck)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make wheel   build a wheel into dist'
@@ -73,6 +77,7 @@ help:
 	@echo "TORCH='torch==2.13.0'   what pip installs as torch; to this an --index-url may be added, for a smaller CPU build"
 	@echo "TRITON='triton==3.7.1'  what pip installs where torch brings no Triton: tests run its kernels in the interpreter"
 	@echo 'EMBEDDER=trained        what demo searches by: the package'\''s trained embedder, or a checkpoint file of your own'
+	@echo 'BENCH_RESULTS=FOLDER    what bench-check compares with: by default the results of this device, or the newest of a CPU'
 	@echo 'LONGLIVE_PEERS=FOLDER   where test-backbones finds checkouts of backbones that no package has'
 	@echo 'LONGLIVE_BUILD_CUDA=auto|1|0   compile CUDA sources when nvcc is found | or fail | never'
 
@@ -157,15 +162,25 @@ sanitize: $(INSTALLED)
 	@command -v cmake >/dev/null && command -v ninja >/dev/null || { echo 'sanitize: cmake and ninja are not on PATH, nothing was checked'; exit 1; }
 	@csrc/tests/sanitize.sh
 
+# The suites first: a status of theirs does not keep pytest's from running.
 bench: $(INSTALLED)
 	@echo 'bench: writing to $(BENCH_OUT)'
 	@mkdir -p $(BENCH_OUT)
-	@LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m pytest -q -s benchmarks --benchmark-json=$(BENCH_OUT)/benchmarks.json
+	@status=0; $(RUN) -m longlive_rag_ops bench --preset cpu --out $(BENCH_OUT) || status=$$?; \
+	  LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m pytest -q -s $(BENCH_PYTEST) --benchmark-json=$(BENCH_OUT)/benchmarks.json || status=$$?; \
+	  exit $$status
 
+# BENCH_GPU=--dry-run runs all of it on a CPU with tiny sizes.
 bench-gpu: $(INSTALLED)
 	@echo 'bench-gpu: writing to $(BENCH_OUT)'
 	@status=0; for part in gpu_ops gpu_bank; do \
-	  LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m benchmarks.$$part $(BENCH_GPU) || status=$$?; done; exit $$status
+	  LONGLIVE_BENCH_OUT=$(BENCH_OUT) $(RUN) -m benchmarks.$$part $(BENCH_GPU) || status=$$?; done; \
+	  $(RUN) -m longlive_rag_ops bench --preset $(if $(filter --dry-run,$(BENCH_GPU)),tiny,gpu) --out $(BENCH_OUT) || status=$$?; \
+	  exit $$status
+
+bench-check: $(INSTALLED)
+	@echo 'bench-check: a short run on this CPU against recorded ratios; the machine should have nothing else to do'
+	@$(RUN) -m benchmarks.bench_check $(if $(BENCH_RESULTS),--results $(BENCH_RESULTS))
 
 # One process for each tool; torch's caching allocator would hide reads and writes past the end of a tensor.
 gpu-check: $(INSTALLED)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA device: builds, runs the GPU tests, replays the traces on every engine, measures, checks
-# memory accesses, reports what the kernels compile to. Nine minutes at most.
+# memory accesses, reports what the kernels compile to. Nine minutes at most; steps that this leaves no time for are
+# run by a call of their own, such as STEPS='setup block'.
 #
 #   benchmarks/gpu.sh OUT        writes a log for each step and the results into OUT; needs no network
 #   PYTHON=python3 VENV=none     the defaults here: use that interpreter as it is
 #   LIMIT=540                    seconds for all of it
-#   STEPS='setup bench-gpu'      only these steps
+#   STEPS='setup gpu-ops'        only these steps
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${1:?usage: benchmarks/gpu.sh OUT}"
@@ -57,11 +58,20 @@ step doctor 30 "$python" -m longlive_rag_ops doctor --json
 step gpu-tests 240 env OMP_NUM_THREADS=2 "$python" -m pytest -q -m gpu "${workers[@]}"
 step triton-tests 150 env OMP_NUM_THREADS=2 "$python" -m pytest -q -m 'not slow' tests/test_triton_*.py "${workers[@]}"
 step replay 80 bash -c replay
-step bench-gpu 240 "${make_it[@]}" bench-gpu
+step gpu-ops 150 "$python" -m benchmarks.gpu_ops
+step gpu-bank 90 "$python" -m benchmarks.gpu_bank
+# As make bench-gpu, one at a time.
+suite() { step "$1" "$2" "$python" -m longlive_rag_ops bench "$1" --preset gpu --out "$out"; }
+suite quality 120
+suite scaling 200
+suite micro 300
+suite block 590
 step gpu-check 120 "${make_it[@]}" gpu-check
 step compile 100 "$python" -m longlive_rag_ops compile --arch 90
 
 echo "== summary"
 cat "$out/summary"
-[ ! -f "$out/bench-gpu.log" ] || sed -n '/^  target /,$p' "$out/bench-gpu.log"
+for log in gpu-ops gpu-bank quality scaling micro block; do
+  [ ! -f "$out/$log.log" ] || sed -n '/^  target /,$p' "$out/$log.log"
+done
 exit $status
