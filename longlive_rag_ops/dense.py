@@ -19,8 +19,8 @@ from .reference import lse_dtype, row_scores, unit_rows
 
 __all__ = ["merge_attention", "place_frames", "retrieve_attend", "topk_retrieve", "window_attend", "write_frames"]
 
-# Numbers of an index that are converted at a time: in float32 4 MiB, which caches hold. With fewer, threads that meet at the
-# end of each step of each chunk would cost more than memory does, most of all where others want the cores, too.
+# Numbers of an index that are converted at a time: in float32 4 MiB, which caches hold. With fewer, threads that meet at
+# the end of each step of each chunk would cost more than memory does, most of all where others want the cores, too.
 CHUNK = 2**20
 
 
@@ -106,8 +106,10 @@ def _rough_scores(
         return torch.mv(rows, unit_query)
     size = max(1, CHUNK // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
     scores = unit_query.new_empty(len(rows))
+    converted = unit_query.new_empty(min(size, len(rows)), rows.shape[1])  # once: a new page of memory costs as much
     for first in range(0, len(rows), size):
-        part = rows[first : first + size].to(dtype)
+        chunk = rows[first : first + size]
+        part = converted[: len(chunk)].copy_(chunk)
         if factors is not None and not normalized:
             part *= factors[first : first + size, None].to(dtype)
         scores[first : first + size] = torch.mv(part if normalized else unit_rows(part), unit_query)
