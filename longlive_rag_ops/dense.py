@@ -19,7 +19,7 @@ from .reference import lse_dtype, row_scores, unit_rows
 
 __all__ = ["merge_attention", "place_frames", "retrieve_attend", "topk_retrieve", "window_attend", "write_frames"]
 
-# Numbers of an index that are converted at a time: in float32 4 MiB, which caches hold. With fewer, threads that meet at
+# Numbers of an index that are converted at once: in float32 4 MiB, which caches hold. With fewer, threads that meet at
 # the end of each step of each chunk would cost more than memory does, most of all where others want the cores, too.
 CHUNK = 2**20
 
