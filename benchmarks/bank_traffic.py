@@ -63,23 +63,9 @@ class BankVideo:
         self.form = page_format(shape, layers, storage)
         room = self.form.record_bytes * frames
         bank = BankConfig(host_bytes=room, storage=storage, slab_bytes=min(256 << 20, room))
-        self.window = self._made(bank=bank)
-        self.resident = self._made(history_slots=frames)
+        self.window = shape.window(layers, bank=bank)
+        self.resident = shape.window(layers, history_slots=frames)
         self.forwards, _ = shape.block(0, 5)
-
-    def _made(self, **history: Any) -> MemoryWindow:
-        shape = self.shape
-        return MemoryWindow(
-            self.plan.config,
-            layers=self.layers,
-            batch=1,
-            tokens_per_frame=shape.tokens,
-            kv_heads=shape.heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            device=shape.device,
-            **history,
-        )
 
     def run(self) -> Traffic:
         """All blocks; the bank is closed then."""

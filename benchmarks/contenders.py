@@ -7,6 +7,8 @@ attention.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as functional
 
@@ -38,6 +40,20 @@ class Shape:
 
     def zeros(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, device=self.device, dtype=self.dtype)
+
+    def window(self, layers: int = 1, **options: Any) -> MemoryWindow:
+        """A window over layers of this shape; ``options`` say where its history lies."""
+        return MemoryWindow(
+            self.config,
+            layers=layers,
+            batch=1,
+            tokens_per_frame=self.tokens,
+            kv_heads=self.heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            **options,
+        )
 
     def block(self, seed: int, forwards: int) -> tuple[list[Forward], torch.Tensor]:
         """Random q, k, v for each forward, and the block's embeddings ``(1, n, E)``."""
@@ -280,18 +296,8 @@ class Ours:
 
     def __init__(self, shape: Shape, engine: str = "auto", history_slots: int = 160) -> None:
         self.shape = shape
-        self.window = MemoryWindow(
-            shape.config,
-            layers=1,
-            batch=1,
-            tokens_per_frame=shape.tokens,
-            kv_heads=shape.heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            device=shape.device,
-            history_slots=history_slots,  # a pool that need not grow while it is timed
-            engine=engine,
-        )
+        # A pool that need not grow while it is timed.
+        self.window = shape.window(history_slots=history_slots, engine=engine)
 
     def run_block(self, start: int, forwards: list[Forward], embeddings: torch.Tensor) -> torch.Tensor:
         out = torch.empty(0)

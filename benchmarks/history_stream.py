@@ -9,7 +9,7 @@ import torch
 from benchmarks import gpu_contenders
 from benchmarks.contenders import AsPublished, Forward, Shape
 from benchmarks.one_thread import one_thread
-from longlive_rag_ops import MemoryWindow, WindowConfig, reference
+from longlive_rag_ops import WindowConfig, reference
 from longlive_rag_ops.config import candidate_end, local_frames, temporal_position
 from longlive_rag_ops.rotary import default_split, rotary_table
 
@@ -122,19 +122,8 @@ class OursVideo:
     def __init__(self, video: Video, engine: str, spare: int) -> None:
         self.video, self.start = video, 0
         shape, n = video.shape, video.config.frames_per_block
-        self.window = MemoryWindow(
-            video.config,
-            layers=1,
-            batch=1,
-            tokens_per_frame=shape.tokens,
-            kv_heads=shape.heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            device=shape.device,
-            history_slots=video.first + n * spare,
-            on_full="forget",
-            engine=engine,
-        )
+        room = video.first + n * spare
+        self.window = shape.window(history_slots=room, on_full="forget", engine=engine)
         with one_thread():
             while self.start < video.first:
                 self._run(video.filling(self.start))
