@@ -125,6 +125,7 @@ void Bank::State::wait(std::int64_t layer, Stream stream) {
     wait_for_reads(turn.lock);
     copy_settled();
   }
+  slots.read_by(stream);
   const auto at = static_cast<std::size_t>(layer);
   bool late = false;
   for (EventRef* point : {&to_host[at], &to_device[at]}) {
@@ -146,7 +147,7 @@ void Bank::State::release(const std::vector<Frame>& wanted, Stream stream) {
   }
   const EventRef point = device->record(stream);
   for (const Frame frame : wanted) {
-    if (frame >= 0) slots.release(frame, {stream, point});
+    if (frame >= 0) slots.release(*device, frame, {stream, point});
   }
   spill_ahead(false);
   tend();

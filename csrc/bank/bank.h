@@ -76,8 +76,10 @@ struct BankStats {
 //
 // Order. Copies to the host begin after everything on the compute stream at the time of commit(); wait(layer) makes a
 // stream wait for all copies of that layer, in both directions, that were enqueued before: after it, pages that were
-// fetched may be read, and what was committed may be overwritten. A slot is filled after the last release() of what it
-// held. Layers are copied in ascending order, one point a layer.
+// fetched may be read, and what was committed may be overwritten. Layers are copied in ascending order, one point a
+// layer. A slot is filled after the last release() of what it held, and after all that the streams which prefetched it,
+// or waited since, had been given by then: reading on one stream and releasing on another, or replacing a frame that is
+// being read, costs time and no bytes. Such a stream must live until the frame is released.
 class Bank {
  public:
   // Throws std::invalid_argument when the options cannot hold one commit and one fetch.

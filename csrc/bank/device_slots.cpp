@@ -4,6 +4,20 @@
 
 namespace longlive::bank {
 
+namespace {
+
+// A later point of a stream lies behind the earlier one. Does not allocate where there is room for one more.
+void add(std::vector<StreamPoint>& points, const StreamPoint& point) {
+  for (StreamPoint& mark : points) {
+    if (mark.stream != point.stream) continue;
+    mark.point = point.point;
+    return;
+  }
+  points.push_back(point);
+}
+
+}  // namespace
+
 bool reached(Device& device, EventRef& point) noexcept {
   if (!point) return true;
   try {
@@ -49,24 +63,46 @@ void DeviceSlots::pin(Frame frame, Stream stream) {
   if (table_->pin(frame) == 1) ++pinned_;
 }
 
+void DeviceSlots::read_by(Stream stream) {
+  if (pinned_ == 0) return;
+  for (State& held : states_) {
+    if (held.readers.empty()) continue;  // not pinned
+    if (std::find(held.readers.begin(), held.readers.end(), stream) == held.readers.end()) {
+      held.readers.push_back(stream);
+    }
+  }
+}
+
 void DeviceSlots::expect_release(Frame frame) {
   const Slot slot = lookup(frame);
   if (slot >= 0) state(slot).released.reserve(state(slot).released.size() + 1);
 }
 
-void DeviceSlots::release(Frame frame, const StreamPoint& point) noexcept {
+void DeviceSlots::release(Device& device, Frame frame, const StreamPoint& point) noexcept {
   const Slot slot = lookup(frame);
   if (slot < 0) return;
-  State& held = state(slot);
-  // A later point of a stream lies behind the earlier one.
-  const auto same = std::find_if(held.released.begin(), held.released.end(),
-                                 [&](const StreamPoint& mark) { return mark.stream == point.stream; });
-  if (same != held.released.end()) {
-    same->point = point.point;
-  } else {
-    held.released.push_back(point);
-  }
+  add(state(slot).released, point);
+  if (table_->pins(frame) == 1) mark_readers(device, slot, &point.stream);
   unpin(frame);
+}
+
+// Where the streams that may read the slot are now; `but` has been marked.
+void DeviceSlots::mark_readers(Device& device, Slot slot, const Stream* but) noexcept {
+  State& held = state(slot);
+  for (const Stream stream : held.readers) {
+    if (but != nullptr && stream == *but) continue;
+    try {
+      // A point in a graph that is being captured is none that copies outside of it could wait for.
+      if (device.capturing(stream)) {
+        unmarked(slot, stream);
+        continue;
+      }
+      held.released.reserve(held.released.size() + 1);
+      add(held.released, {stream, device.record(stream)});
+    } catch (...) {
+      unmarked(slot, stream);
+    }
+  }
 }
 
 void DeviceSlots::unpin(Frame frame) noexcept {
@@ -82,19 +118,7 @@ void DeviceSlots::drop(Device& device, Frame frame) noexcept {
   if (table_->pins(frame) > 0) {
     --pinned_;
     while (table_->pins(frame) > 0) table_->unpin(frame);
-    for (const Stream stream : held.readers) {
-      try {
-        // A point in a graph that is being captured is none that copies outside of it could wait for.
-        if (device.capturing(stream)) {
-          unmarked(slot, stream);
-          continue;
-        }
-        held.released.reserve(held.released.size() + 1);
-        held.released.push_back({stream, device.record(stream)});
-      } catch (...) {
-        unmarked(slot, stream);
-      }
-    }
+    mark_readers(device, slot, nullptr);
   }
   held.readers.clear();
   table_->release(frame);

@@ -38,12 +38,14 @@ class DeviceSlots {
   std::vector<SlotTable::Acquired> acquire(const std::vector<Frame>& frames) { return table_->acquire_many(frames); }
   // One more pin, of a reader on `stream`.
   void pin(Frame frame, Stream stream);
-  // `point`: where `stream` has read the slot for the last time. Takes back a pin, if there is one. The two halves:
-  // what can fail, and what cannot.
+  // `stream` has waited for copies, so that it may read whatever is pinned.
+  void read_by(Stream stream);
+  // `point`: where `stream` has read the slot for the last time. Takes back a pin, if there is one; with the last, where
+  // other readers are now becomes a condition of the next use. The two halves: what can fail, and what cannot.
   void expect_release(Frame frame);
-  void release(Frame frame, const StreamPoint& point) noexcept;
+  void release(Device& device, Frame frame, const StreamPoint& point) noexcept;
   void unpin(Frame frame) noexcept;
-  // The frame loses its slot, pinned or not. Points on the streams that pinned it become conditions of the next use.
+  // The frame loses its slot, pinned or not. Points on the streams that may read it become conditions of the next use.
   void drop(Device& device, Frame frame) noexcept;
 
   // Copies into a slot: what they must wait for, and where they end.
@@ -69,10 +71,11 @@ class DeviceSlots {
   struct State {
     EventRef filled;                    // the last copy into it
     std::vector<StreamPoint> released;  // the last reads, one a stream
-    std::vector<Stream> readers;        // streams that pinned it
+    std::vector<Stream> readers;        // while pinned: streams that pinned it, or waited for copies since
     std::vector<Stream> marks;          // streams whose work up to now must end first, but could not be marked
     bool fresh = true;
   };
+  void mark_readers(Device& device, Slot slot, const Stream* but) noexcept;
   std::size_t index(Slot slot) const { return static_cast<std::size_t>(slot - geometry_.first); }
   State& state(Slot slot) { return states_[index(slot)]; }
 

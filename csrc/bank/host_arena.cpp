@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <new>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -25,6 +26,7 @@ constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kStretch = std::size_t{16} << 20;
 // Left to everyone else on the machine.
 constexpr std::int64_t kMargin = std::int64_t{256} << 20;
+constexpr char kOutOfMemory[] = "host slab: out of memory";
 
 std::string text_of(int code) { return std::generic_category().message(code); }
 
@@ -130,9 +132,18 @@ class HostArena::Growth {
   std::string pageable_reason;
   std::string refusal;  // of the system, "" for none
 
-  explicit Growth(Device& the_device) : device(the_device) {}
+  explicit Growth(Device& the_device) : device(the_device) { refusal.reserve(sizeof kOutOfMemory); }
 
   void make() {
+    try {
+      try_to_make();
+    } catch (const std::bad_alloc&) {  // of a few bytes beside the slab, where the system has none left
+      refusal = kOutOfMemory;  // for which there is room
+    }
+  }
+
+ private:
+  void try_to_make() {
     const HostMemory memory = options.memory ? options.memory() : host_memory();
     if (bytes > memory.available - std::min(kMargin, memory.available / 8)) {
       return refuse(memory.bound + " leaves " + std::to_string(memory.available) + " bytes");
@@ -148,7 +159,6 @@ class HostArena::Growth {
     slab = std::move(made);
   }
 
- private:
   void refuse(const std::string& why) { refusal = "host slab of " + std::to_string(bytes) + " bytes: " + why; }
 
   Device& device;

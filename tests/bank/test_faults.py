@@ -105,6 +105,34 @@ def test_the_default_stream(fake: StandIn) -> None:
     world.finish()
 
 
+@pytest.mark.parametrize("how", ["release", "replace", "clear"])
+def test_a_slot_waits_for_every_stream_that_may_read_it(fake: StandIn, how: str) -> None:
+    """Fetched on one stream, read on a second that is held up, and given up without a word of the second."""
+    world = late_world(fake, Limits(host=6, slots=1))
+    stream, reader, _ = world.compute.streams
+    for frame in (0, 1):
+        world.commit([frame], stream)
+    world.prefetch([0], stream)
+    world.settle()
+    fake.run()
+    fake.hold(reader)
+    world.attend(reader, release=False)
+    if how == "release":
+        world.release([0], stream)
+    elif how == "replace":
+        world.commit([0], stream, replace=True)
+    else:
+        world.clear()
+        world.commit([1], stream)
+    world.prefetch([1], stream)
+    world.settle()
+    fake.run()
+    assert fake.pending(reader) > 0
+    fake.hold(reader, held=False)
+    world.attend(stream)
+    world.finish()
+
+
 def test_a_capture_refuses_everything_and_changes_nothing(fake: StandIn) -> None:
     world = late_world(fake, Limits(host=6, slots=2))
     stream, other, _ = world.compute.streams
@@ -287,12 +315,16 @@ def test_a_full_file_system(tmp_path: Path) -> None:
 
 
 REFUSED_MEMORY = """
-import resource, sys
+import ctypes, resource, sys
 import numpy.random
 sys.path[:0] = {paths!r}
 from bank_model import RECORD, Limits, World
 world = World(Limits(host=8000, slots=0, bounce=0, commit=1, slab=64), "")
 numpy.random.default_rng(0)  # what is loaded when it is first used takes memory, too
+# Slabs are what is to be refused, not the few bytes that a call needs: the heap keeps 4 MiB for those below `kept`.
+small = [ctypes.create_string_buffer(4096) for _ in range(1024)]
+kept = ctypes.create_string_buffer(4096)
+del small
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINITY))
