@@ -255,12 +255,12 @@ void bind_bank(py::module_& m) {
            })
       .def(
           "wait",
-          [](Bank& bank, const py::object& layer, const py::object& stream) {
+          [](Bank& bank, const py::object& layer, const py::object& stream, bool fetched_only) {
             const std::int64_t number = to_int64(layer, "layer");
             const Stream on = to_address(stream, "stream");
-            unlocked([&] { bank.wait(number, on); });
+            unlocked([&] { bank.wait(number, on, fetched_only); });
           },
-          py::arg("layer"), py::arg("stream") = 0)
+          py::arg("layer"), py::arg("stream") = 0, py::arg("fetched_only") = false)
       .def(
           "release",
           [](Bank& bank, const py::object& frames, const py::object& stream) {

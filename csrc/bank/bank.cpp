@@ -114,7 +114,7 @@ void Bank::State::tend() noexcept {
   if (!unmarked_to_host && !unmarked_to_device) records->reap();
 }
 
-void Bank::State::wait(std::int64_t layer, Stream stream) {
+void Bank::State::wait(std::int64_t layer, Stream stream, bool fetched_only) {
   if (layer < 0 || layer >= options.layout.layers) {
     throw std::invalid_argument("layer must be in 0 .. " + std::to_string(options.layout.layers - 1) + ", got " +
                                 std::to_string(layer));
@@ -129,12 +129,14 @@ void Bank::State::wait(std::int64_t layer, Stream stream) {
   const auto at = static_cast<std::size_t>(layer);
   bool late = false;
   for (EventRef* point : {&to_host[at], &to_device[at]}) {
-    if (reached(*device, *point)) continue;
+    if ((fetched_only && point == &to_host[at]) || reached(*device, *point)) continue;
     late = true;
     device->wait(stream, *point);
   }
   prune(*device, fills);
-  for (const StreamPoint& fill : fills) device->wait(stream, fill.point);
+  for (const StreamPoint& fill : fills) {
+    if (!fetched_only || slots.pinned_fill(fill.point)) device->wait(stream, fill.point);
+  }
   if (late) ++counts.late_layers;
   spill_ahead(false);
 }
@@ -238,7 +240,7 @@ std::vector<Lost> Bank::settle() {
   return state_->take_lost();
 }
 
-void Bank::wait(std::int64_t layer, Stream stream) { state_->wait(layer, stream); }
+void Bank::wait(std::int64_t layer, Stream stream, bool fetched_only) { state_->wait(layer, stream, fetched_only); }
 void Bank::release(const std::vector<Frame>& frames, Stream stream) { state_->release(frames, stream); }
 void Bank::forget(const std::vector<Frame>& frames) { state_->forget(frames); }
 void Bank::clear() { state_->clear(); }

@@ -111,8 +111,9 @@ class Bank {
   // prefetches since the last settle that cannot be had. Those are not pinned, and their slots are never valid.
   std::vector<Lost> settle();
   // `stream` waits for the copies of a layer; see Order. Settles first when a prefetch has not been. Throws while
-  // captured.
-  void wait(std::int64_t layer, Stream stream);
+  // captured. With `fetched_only` it waits for copies into slots alone, so not for the work that wrote committed pages:
+  // then pages that were fetched may be read, and what was committed must not be overwritten.
+  void wait(std::int64_t layer, Stream stream, bool fetched_only = false);
   // `stream` has been given its last read of these frames' slots: takes back one pin each. A frame that was lost,
   // replaced or forgotten is passed over.
   void release(const std::vector<Frame>& frames, Stream stream);

@@ -155,7 +155,7 @@ struct Bank::State {
   BankStats snapshot() const;
 
   // bank.cpp
-  void wait(std::int64_t layer, Stream stream);
+  void wait(std::int64_t layer, Stream stream, bool fetched_only);
   void release(const std::vector<Frame>& frames, Stream stream);
   void flush();
   void close() noexcept;

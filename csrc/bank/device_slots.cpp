@@ -73,6 +73,11 @@ void DeviceSlots::read_by(Stream stream) {
   }
 }
 
+bool DeviceSlots::pinned_fill(const EventRef& point) const {
+  return std::any_of(states_.begin(), states_.end(),
+                     [&](const State& held) { return !held.readers.empty() && held.filled == point; });
+}
+
 void DeviceSlots::expect_release(Frame frame) {
   const Slot slot = lookup(frame);
   if (slot >= 0) state(slot).released.reserve(state(slot).released.size() + 1);

@@ -54,6 +54,8 @@ class DeviceSlots {
     state(slot).filled = point;
     state(slot).fresh = false;
   }
+  // Whether the copies that end at this point brought a frame that is pinned now.
+  bool pinned_fill(const EventRef& point) const;
   // Copies into a slot that may be under way on `stream`, without a point.
   void unmarked(Slot slot, Stream stream) noexcept;
   // A slot's memory was written, before the bank had it, by work on some stream; `point` is the caller's word for it.

@@ -114,7 +114,7 @@ class BankRetrieval(BankContents):
             lost, self._lost = self._lost, {}
         return list(lost.values())
 
-    def wait(self, layer: int, pool_layer: torch.Tensor | None = None) -> None:
+    def wait(self, layer: int, pool_layer: torch.Tensor | None = None, *, fetched_only: bool = False) -> None:
         """Makes the current stream wait for a layer's copies, from slots and into them, that were begun before.
 
         Settles first when a prefetch is not settled. The host waits only for reads from disk.
@@ -122,6 +122,8 @@ class BankRetrieval(BankContents):
         Args:
             layer: ``0 .. layers-1``.
             pool_layer: what a compiled graph has for ``slots[layer]``, see ``torch.ops.longlive.wait_pages``.
+            fetched_only: waits for copies into slots alone, and so not for whatever wrote the pages that were committed
+                last: fetched pages may be read then, committed ones must not be overwritten.
 
         Raises:
             TypeError, ValueError: there is no such layer, or ``pool_layer`` is not what it must be.
@@ -136,8 +138,9 @@ class BankRetrieval(BankContents):
             self._collect()
         stream, commits = self._stream(), self._sources.commits
         with core_errors():
-            self._core.wait(layer, stream)
-        self._sources.waited(layer, stream, commits)
+            self._core.wait(layer, stream, fetched_only)
+        if not fetched_only:
+            self._sources.waited(layer, stream, commits)
         if copied and pool_layer is not None:
             at = 1 if self.format.quantised else 2
             arrived = slice(self._first_slot, self._first_slot + self._slot_count)

@@ -302,14 +302,14 @@ class World:
         for held in self.held.values():
             held.settled = held.pins > 0
 
-    def wait(self, layer: int, stream: int = 0) -> None:
-        self.bank.wait(layer=layer, stream=stream)
+    def wait(self, layer: int, stream: int = 0, fetched_only: bool = False) -> None:
+        self.bank.wait(layer=layer, stream=stream, fetched_only=fetched_only)
         self._settled()  # it settles first
 
-    def attend(self, stream: int = 0, release: bool = True) -> int:
+    def attend(self, stream: int = 0, release: bool = True, fetched_only: bool = False) -> int:
         """Reads every pinned page on a stream, layer by layer, as attention does; pins go as soon as they may."""
         for layer in range(LAYERS):
-            self.wait(layer, stream)
+            self.wait(layer, stream, fetched_only)
             for frame, held in self.held.items():
                 if held.pins:
                     self._read_slot(frame, held, layer, stream)

@@ -133,6 +133,56 @@ def test_a_slot_waits_for_every_stream_that_may_read_it(fake: StandIn, how: str)
     world.finish()
 
 
+def test_fetched_pages_do_not_wait_for_what_is_committed(fake: StandIn) -> None:
+    """A side stream reads old frames, one of them put into a slot by its commit, beside a committed forward."""
+    world = late_world(fake, Limits(host=8, slots=2))
+    stream, side, _ = world.compute.streams
+    for frame in range(3):  # the first two find free slots
+        world.commit([frame], stream)
+    fake.run()
+    fake.hold(stream)
+    pages = world.sources([world.new_record(5)])
+    source = [[(part.ctypes.data, *part.strides[:2]) for part in parts] for parts in pages]
+    world.bank.commit(frames=[5], pages=source, stream=stream)
+    world.bank.prefetch(frames=[1, 2], stream=side)
+    world.bank.settle()
+    for layer in range(LAYERS):
+        world.bank.wait(layer=layer, stream=side, fetched_only=True)
+        for frame in (1, 2):
+            world._read_slot(frame, world.held[frame], layer, side)
+    fake.run()
+    assert fake.pending(side) == 0 < fake.pending()
+    world.bank.wait(layer=0, stream=side)
+    fake.copy(side, pages[0][0].ctypes.data, pages[0][0].ctypes.data, 64)
+    fake.run()
+    assert fake.pending(side) > 0  # all copies, and so the forward
+    fake.hold(stream, held=False)
+    world.compute.finish()
+    world.bank.close()
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_page_that_its_commit_put_into_a_slot_is_waited_for(fake: StandIn, resident: bool) -> None:
+    world = late_world(fake, Limits(host=8, slots=1))
+    stream, side, _ = world.compute.streams
+    fake.hold(stream)
+    world.commit([0], stream)
+    if not resident:  # another takes its slot, and it comes back
+        world.commit([1], stream)
+        world.prefetch([1], side)
+        world.settle()
+        world.release([1], side)
+    world.prefetch([0], side)
+    world.settle()
+    for layer in range(LAYERS):
+        world.bank.wait(layer=layer, stream=side, fetched_only=True)
+        world._read_slot(0, world.held[0], layer, side)
+    fake.run()
+    assert fake.pending(side) > 0
+    fake.hold(stream, held=False)
+    world.finish()
+
+
 def test_a_capture_refuses_everything_and_changes_nothing(fake: StandIn) -> None:
     world = late_world(fake, Limits(host=6, slots=2))
     stream, other, _ = world.compute.streams

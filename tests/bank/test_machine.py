@@ -140,10 +140,10 @@ class CoreMachine(RuleBasedStateMachine):
         else:
             self.world.wait(layer, self.stream(on))
 
-    @rule(on=STREAM, release=st.booleans())
-    def attend(self, on: int, release: bool) -> None:
+    @rule(on=STREAM, release=st.booleans(), fetched_only=st.booleans())
+    def attend(self, on: int, release: bool, fetched_only: bool) -> None:
         self.count("attend")
-        self.world.attend(self.stream(on), release)
+        self.world.attend(self.stream(on), release, fetched_only)
 
     @rule(picks=PICKS, other=FRAMES, on=STREAM)
     def release(self, picks: list[int], other: int, on: int) -> None:
