@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -68,6 +68,14 @@ class FrameHistory:
     def search(self, start: int, newest: torch.Tensor) -> None:
         """Begins to search for the block at ``start`` by the embedding ``(B, E)`` of the frame before it."""
 
+    def prepare(self, start: int, state: torch.Tensor) -> None:
+        """May begin to fetch what `search` has found for the block at ``start``, while the block before is open.
+
+        Args:
+            start: of the block that was searched for.
+            state: ``(B, 4, W)`` on the host, the open block's.
+        """
+
     def add(self, start: int, embeddings: torch.Tensor, staging: torch.Tensor) -> None:
         """Adds a finished block: canonical keys from ``staging``, values from its window slots.
 
@@ -105,14 +113,19 @@ class FrameHistory:
         """Gives up the frames from the sink to ``before``, leaves them out of the choice, and returns them."""
         raise NotImplementedError
 
+    @property
+    def selected(self) -> torch.Tensor:
+        """What `chosen` is to the user: the whole choice, also where ``chosen`` is the part that one rank places."""
+        return self.chosen
+
+    @property
+    def selected_scores(self) -> torch.Tensor:
+        """Cosines of `selected`."""
+        return self.scores
+
     def _leave_out(self, frames: set[int]) -> None:
         """Takes frames out of the choice; those behind them move up."""
-        for sample, row in enumerate(self.chosen.tolist()):
-            kept = [rank for rank, frame in enumerate(row) if frame >= 0 and frame not in frames]
-            spare = len(row) - len(kept)
-            self.chosen[sample] = torch.tensor([row[rank] for rank in kept] + [-1] * spare)
-            scores = self.scores[sample, kept]
-            self.scores[sample] = torch.cat([scores, scores.new_full((spare,), -torch.inf)])
+        self.chosen, self.scores = without(self.chosen, self.scores, frames)
 
     def wait(self, layer: int) -> None:
         """Makes the current stream wait until a layer's window slots may be written and its history slots read."""
@@ -141,6 +154,18 @@ class FrameHistory:
         raise NotImplementedError
 
 
+def without(chosen: torch.Tensor, scores: torch.Tensor, frames: set[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A choice ``(B, K)`` and its scores without some frames; those behind them move up."""
+    chosen, scores = chosen.clone(), scores.clone()
+    for sample, row in enumerate(chosen.tolist()):
+        kept = [rank for rank, frame in enumerate(row) if frame >= 0 and frame not in frames]
+        spare = len(row) - len(kept)
+        chosen[sample] = torch.tensor([row[rank] for rank in kept] + [-1] * spare)
+        of_kept = scores[sample, kept]
+        scores[sample] = torch.cat([of_kept, of_kept.new_full((spare,), -torch.inf)])
+    return chosen, scores
+
+
 def search_options(config: WindowConfig, engine: str) -> dict[str, Any]:
     """Keyword arguments of a search."""
     return {
@@ -153,12 +178,12 @@ def search_options(config: WindowConfig, engine: str) -> dict[str, Any]:
 
 
 def block_pages(
-    frames: range, staging: torch.Tensor, pages: torch.Tensor, config: WindowConfig
+    frames: Iterable[int], staging: torch.Tensor, pages: torch.Tensor, config: WindowConfig
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Where the canonical keys and the values of a block's frames lie: views ``(layers, B, T, Hkv, D)``.
 
     Args:
-        frames: of the block.
+        frames: of the block, or some of them.
         staging: ``(layers, B, R, T, Hkv, D)``.
         pages: ``(layers, 2, B, slots, T, Hkv, D)``, the window's slots first.
     """

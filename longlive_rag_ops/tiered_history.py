@@ -8,9 +8,9 @@ import torch
 
 from .assignment import memory_arrivals
 from .bank import BankConfig, MemoryBank
-from .bank.limits import slots_within
+from .bank.limits import fetch_slots
 from .bank.page_format import PageFormat
-from .config import WindowConfig, candidate_end, check_int
+from .config import WindowConfig, candidate_end
 from .history import (
     FrameHistory,
     block_pages,
@@ -23,6 +23,7 @@ from .history import (
 from .index import unit_query
 from .modes import normal_tensors
 from .pool import empty_pages
+from .renewed_pages import RenewedPages
 from .transfer import HostCopy
 
 
@@ -61,10 +62,7 @@ class TieredHistory(FrameHistory):
         super().__init__(config, samples, engine)
         most_fetched = samples * config.top_k
         form = PageFormat(bank.storage, layers, samples, tokens, heads, head_dim, dtype)
-        if device_slots is not None:
-            slots = check_int("history_slots", device_slots, most_fetched)
-        else:
-            slots = 2 * most_fetched if bank.device_bytes is None else slots_within(form, bank, 0)
+        slots = fetch_slots(form, bank, device_slots, most_fetched)
         plain = bank.storage == "plain"
         self._pages = empty_pages(shape, config.window + (slots if plain else 0), dtype, device)
         self.bank = MemoryBank(
@@ -105,7 +103,7 @@ class TieredHistory(FrameHistory):
         self._search: tuple[int, HostCopy, HostCopy] | None = None
         self._fetched: set[int] = set()
         self._pinned: set[int] = set()
-        self._renewed: dict[int, torch.Tensor] = {}  # (2, layers, samples, T, Hkv, D) by frame
+        self._renewed = RenewedPages(self._pages.shape[0])
 
     @property
     def embedding_dim(self) -> int | None:
@@ -165,21 +163,13 @@ class TieredHistory(FrameHistory):
     @normal_tensors
     def replace(self, layer: int, frames: range, keys: torch.Tensor, values: torch.Tensor) -> None:
         for i, frame in enumerate(frames):
-            if frame not in self._renewed:
-                self._renewed[frame] = keys.new_empty(2, self._pages.shape[0], *keys[:, i].shape)
-            self._renewed[frame][0, layer], self._renewed[frame][1, layer] = keys[:, i], values[:, i]
+            self._renewed.put(layer, frame, keys[:, i], values[:, i])
 
     def replaced(self) -> None:
-        there = [frame for frame in sorted(self._renewed) if frame in self.bank]
-        for first in range(0, len(there), self.config.frames_per_block):
-            part = there[first : first + self.config.frames_per_block]
-            keys, values = ([self._renewed[frame][i] for frame in part] for i in range(2))
-            self.bank.commit(part, keys, values, replace=True)
-        self._fetched -= set(self._renewed)
-        self._renewed = {}
+        self._fetched -= self._renewed.commit(self.bank)
 
     def abandon(self) -> None:
-        self._renewed = {}
+        self._renewed.clear()
 
     def forget(self, before: int) -> list[int]:
         frames = {frame for frame in self.bank.frames() if self.config.sink <= frame < before}

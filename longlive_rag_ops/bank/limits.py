@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import check_int
 from .config import BankConfig, format_bytes
 from .page_format import PageFormat
 
@@ -25,6 +26,15 @@ def slots_within(pages: PageFormat, config: BankConfig, asked: int) -> int:
             f"{slot_bytes(pages)} bytes; got {format_bytes(config.device_bytes)}"
         )
     return asked or held
+
+
+def fetch_slots(pages: PageFormat, config: BankConfig, asked: int | None, most_fetched: int, sets: int = 2) -> int:
+    """Device slots beside a window: ``history_slots`` when it is given, else what ``device_bytes`` holds or, without
+    that, ``sets`` times what one block can fetch: two, so that a fetch finds room while the last one is being placed.
+    """
+    if asked is not None:
+        return check_int("history_slots", asked, most_fetched)
+    return sets * most_fetched if config.device_bytes is None else slots_within(pages, config, 0)
 
 
 def bounce_records(config: BankConfig, most_fetched: int, slots: int) -> int:

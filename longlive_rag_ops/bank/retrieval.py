@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -65,9 +66,6 @@ class BankRetrieval(BankContents):
                 diversity=diversity,
                 engine=engine,
             )
-            found = HostCopy(ids)
-            self._counts["searches"] += 1
-            self._catalogue.found(found)
             options = {
                 "k": k,
                 "end_frame": end_frame,
@@ -76,8 +74,24 @@ class BankRetrieval(BankContents):
                 "min_score": min_score,
                 "diversity": diversity,
             }
-            self.log.searched(found, HostCopy(scores), options)
+            self._found(ids, scores, options)
         return ids, scores
+
+    def found(self, ids: torch.Tensor, scores: torch.Tensor, **options: float | str | None) -> None:
+        """Counts and logs what a search over this bank's index and others' has found; see `search`.
+
+        Args:
+            ids, scores: ``(samples, k)``; frames that this bank does not have are not counted.
+            options: of the search, for the log.
+        """
+        with self._turn():
+            self._found(ids, scores, options)
+
+    def _found(self, ids: torch.Tensor, scores: torch.Tensor, options: Mapping[str, Any]) -> None:
+        copied = HostCopy(ids)
+        self._counts["searches"] += 1
+        self._catalogue.found(copied)
+        self.log.searched(copied, HostCopy(scores), options)
 
     def prefetch(self, frames: Iterable[int]) -> None:
         """Begins to bring frames into device slots, and holds them there until `release`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,14 +27,15 @@ NAMED = 8  # frames that a warning names
 def save_bank(bank: MemoryBank, path: str | os.PathLike[str]) -> list[tuple[int, str]]:
     """What `MemoryBank.save` does; see there."""
     with bank.unchanged():
-        left_out = write_saved(path, _contents(bank), bank.record)
+        left_out = write_saved(path, bank_contents(bank), bank.record)
     if left_out:
         named = "; ".join(f"frame {frame}: {reason}" for frame, reason in left_out[:NAMED])
         warnings.warn(f"saved bank {path}: frames left out {len(left_out)}: {named}", RuntimeWarning, stacklevel=3)
     return left_out
 
 
-def _contents(bank: MemoryBank) -> SavedContents:
+def bank_contents(bank: MemoryBank) -> SavedContents:
+    """What a bank holds beside its pages, in the context of `MemoryBank.unchanged`."""
     if bank.device.type == "cuda":
         torch.cuda.synchronize(bank.device)  # embeddings may have been put into the index on any stream
     frames = {frame: bank.generation(frame) for frame in bank.frames()}
@@ -57,10 +59,10 @@ def open_bank(
     """What `MemoryBank.open` does; see there."""
     with SavedBank(path) as saved:
         contents = saved.contents
-        _check_format(saved, config, format)
+        check_saved_format(saved.path, contents.format, config, format)
         bank = bank_type(contents.format, config, **{"sink": contents.sink, **options})
         try:
-            forgotten = _surplus(contents, bank)
+            forgotten = surplus_frames(contents, bank)
             damaged = _restore(saved, bank, [frame for frame in contents.frames if frame not in forgotten])
             bank.count_opened(len(forgotten), len({page.frame for page in damaged}), len(damaged))
         except BaseException:
@@ -79,20 +81,20 @@ def open_bank(
     return bank
 
 
-def _check_format(saved: SavedBank, config: BankConfig, wanted: PageFormat | None) -> None:
-    found = saved.contents.format
+def check_saved_format(path: Path, found: PageFormat, config: BankConfig, wanted: PageFormat | None) -> None:
+    """Raises ValueError when a saved bank's format is not the one wanted, or not of the config's storage."""
     if wanted is not None and wanted != found:
         saved_as = found.to_dict()
         fields = wanted.to_dict().items()
         differ = ", ".join(f"{name} {got!r}, not {saved_as[name]!r}" for name, got in fields if got != saved_as[name])
-        raise ValueError(f"format must be that of the saved bank {saved.path}, got {differ}")
+        raise ValueError(f"format must be that of the saved bank {path}, got {differ}")
     if config.storage != found.storage:
         raise ValueError(
-            f"config's storage must be that of the saved bank {saved.path} ({found.storage!r}), got {config.storage!r}"
+            f"config's storage must be that of the saved bank {path} ({found.storage!r}), got {config.storage!r}"
         )
 
 
-def _surplus(contents: SavedContents, bank: MemoryBank) -> set[int]:
+def surplus_frames(contents: SavedContents, bank: MemoryBank) -> set[int]:
     """Frames that the bank has no room for: those that its policy would forget if it had all of them."""
     surplus = len(contents.frames) - bank.room()
     if surplus <= 0:

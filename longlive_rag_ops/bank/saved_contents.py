@@ -20,9 +20,10 @@ import torch
 
 from ..index import FrameIndex
 from ..safetensors_file import DTYPES, header_bytes, parse_safetensors
+from .checked_json import LARGEST
 from .errors import SavedBankError
 from .page_format import PageFormat
-from .saved_manifest import LARGEST, Manifest
+from .saved_manifest import Manifest
 
 
 class SavedIndex(NamedTuple):

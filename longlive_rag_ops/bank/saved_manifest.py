@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
-
-from ..build_info import extension
 from ..ops.checks import LARGEST_FRAME
 from ..safetensors_file import DTYPES, MAX_HEADER
 from ..version import __version__
+from .checked_json import LARGEST, Fields, begins_checked, checked_json, is_number, read_checked_json, shortened
 from .errors import NewerVersion, NoSavedBank, SavedBankError
 from .page_format import ALIGNMENT, PageFormat
 
@@ -24,10 +20,7 @@ VERSION = 1
 MAX_BYTES = 64 * 2**20  # of a manifest
 MAX_EMBEDDING = 2**20
 MAX_INDEX_HEADER = 2**16
-LARGEST = 2**62  # numbers that fit into 64 bits, sums of two included
 DATA_NAME = re.compile(r"(pages|index)-[0-9a-f]{32}\.safetensors", re.ASCII)
-# The checksum is that of every byte after this, so that any byte that differs shows.
-_BEGINNING = re.compile(rb'\{"crc32c": "([0-9a-f]{8})",\n')
 _EMBEDDINGS = ("F32", "F64")
 
 
@@ -90,9 +83,7 @@ class Manifest:
             "index": vars(self.index),
             "frames": [[frame, generation] for frame, generation in self.frames.items()],
         }
-        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items())
-        rest = (",\n".join(lines) + "}\n").encode()
-        return b'{"crc32c": "%08x",\n' % crc32c(rest) + rest
+        return checked_json(entries)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Manifest:
@@ -105,26 +96,17 @@ class Manifest:
         """
         if not is_manifest(raw):
             raise NoSavedBank(f"{MANIFEST} is no saved bank's")
-        beginning = _BEGINNING.match(raw)
-        if beginning is None or int(beginning[1], 16) != crc32c(raw[beginning.end() :]):
-            raise SavedBankError(f"{MANIFEST} is damaged: its checksum does not match")
-        try:
-            entries = json.loads(raw, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise SavedBankError(f"{MANIFEST} is damaged: {error}") from None
-        if not isinstance(entries, dict):
-            raise SavedBankError(f"{MANIFEST} is damaged: it is not an object")
-        fields = _Fields(MANIFEST, entries)
+        fields = read_checked_json(raw, MANIFEST)
         if fields.text("what") != WHAT:
             raise NoSavedBank(f"{MANIFEST} is no saved bank's")
         version = fields.number("version", 1)
         if version > VERSION:
             raise NewerVersion(
-                f"{MANIFEST} has version {version}, written by {entries.get('written_by')!r}; this is longlive-rag-ops "
-                f"{__version__}, which reads versions up to {VERSION}"
+                f"{MANIFEST} has version {version}, written by {fields.entries.get('written_by')!r}; this is "
+                f"longlive-rag-ops {__version__}, which reads versions up to {VERSION}"
             )
         manifest = cls(
-            format=_page_format(fields),
+            format=page_format_of(fields),
             sink=fields.number("sink"),
             frames=_frames(fields),
             pages=PagesFile(**_data_file(fields, "pages", ("bytes", "begins", "header_crc32c"))),
@@ -162,51 +144,13 @@ class Manifest:
                 raise SavedBankError(f"{MANIFEST}: {name} must fit into 32 bits, got {value}")
 
 
-def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
-    """CRC-32C (Castagnoli) of a buffer; ``crc`` is that of what comes before it."""
-    if not len(data):
-        return crc
-    view = numpy.frombuffer(data, numpy.uint8)
-    return int(extension().crc32c(view.ctypes.data, view.nbytes, crc))
-
-
 def is_manifest(raw: bytes) -> bool:
     """Whether bytes are a saved bank's manifest, perhaps a damaged or a newer one."""
-    return raw.startswith(b'{"crc32c": "') or WHAT.encode() in raw[:256]
+    return begins_checked(raw) or WHAT.encode() in raw[:256]
 
 
-class _Fields:
-    """An object of the manifest, whose entries are read with their types and bounds checked."""
-
-    def __init__(self, name: str, entries: Mapping[str, Any]) -> None:
-        self.name, self.entries = name, entries
-
-    def number(self, key: str, low: int = 0) -> int:
-        return self._get(key, lambda x: _is_number(x, low), f"an int from {low} to 2^62")
-
-    def text(self, key: str) -> str:
-        return self._get(key, lambda x: isinstance(x, str) and len(x) <= 200, "a text of at most 200 characters")
-
-    def fields(self, key: str) -> _Fields:
-        return _Fields(f"{self.name}: {key}", self._get(key, lambda x: isinstance(x, dict), "an object"))
-
-    def list(self, key: str) -> list[Any]:
-        return self._get(key, lambda x: isinstance(x, list), "a list")
-
-    def _get(self, key: str, allowed: Callable[[Any], bool], expected: str) -> Any:
-        if key not in self.entries:
-            raise SavedBankError(f"{self.name} lacks {key}")
-        value = self.entries[key]
-        if not allowed(value):
-            raise SavedBankError(f"{self.name}: {key} must be {expected}, got {_short(value)}")
-        return value
-
-
-def _is_number(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= LARGEST
-
-
-def _page_format(fields: _Fields) -> PageFormat:
+def page_format_of(fields: Fields) -> PageFormat:
+    """The entry ``page_format``; SavedBankError when it describes none."""
     described = fields.fields("page_format")
     numbers = {key: described.number(key, 1) for key, value in described.entries.items() if not isinstance(value, str)}
     if math.prod(numbers.values()) > LARGEST // 64:  # what bounds every size that follows from it
@@ -217,13 +161,13 @@ def _page_format(fields: _Fields) -> PageFormat:
         raise SavedBankError(f"{described.name} is not allowed: {error}") from None
 
 
-def _frames(fields: _Fields) -> dict[int, int]:
+def _frames(fields: Fields) -> dict[int, int]:
     frames: dict[int, int] = {}
     last = -1
     for entry in fields.list("frames"):
-        pair = isinstance(entry, list) and len(entry) == 2 and all(_is_number(number, 0) for number in entry)
+        pair = isinstance(entry, list) and len(entry) == 2 and all(is_number(number, 0) for number in entry)
         if not pair or entry[0] > LARGEST_FRAME:
-            raise SavedBankError(f"{MANIFEST}: frames must be pairs (frame, generation), got {_short(entry)}")
+            raise SavedBankError(f"{MANIFEST}: frames must be pairs (frame, generation), got {shortened(entry)}")
         if entry[0] <= last:
             raise SavedBankError(f"{MANIFEST}: frames must ascend, got {entry[0]} after {last}")
         last = entry[0]
@@ -231,29 +175,10 @@ def _frames(fields: _Fields) -> dict[int, int]:
     return frames
 
 
-def _data_file(fields: _Fields, key: str, numbers: tuple[str, ...], *texts: str) -> dict[str, Any]:
+def _data_file(fields: Fields, key: str, numbers: tuple[str, ...], *texts: str) -> dict[str, Any]:
     described = fields.fields(key)
     file = described.text("file")
     if not DATA_NAME.fullmatch(file) or not file.startswith(f"{key}-"):
         raise SavedBankError(f"{described.name}: file must be named {key}-(32 hex digits).safetensors, got {file!r}")
     found = {name: described.number(name) for name in numbers}
     return {"file": file, **found, **{name: described.text(name) for name in texts}}
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"an object names an entry twice, of {sorted(name for name, _ in pairs)[:20]}")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "something deeply nested"
-    return text if len(text) <= 80 else f"{text[:77]}..."

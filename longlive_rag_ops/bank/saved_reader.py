@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .checked_json import crc32c
 from .errors import SavedBankError
 from .saved_contents import read_index_file
 from .saved_folder import SavedFolder
-from .saved_manifest import Manifest, crc32c
+from .saved_manifest import Manifest
 
 PIECE = 4 * 2**20  # bytes read at once where nothing larger is there to be filled
 ATTEMPTS = 100  # to open files that saves keep replacing

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from ..safetensors_file import NAMES, header_bytes
+from .checked_json import crc32c
 from .errors import DamagedPage
 from .page_format import ALIGNMENT, PageFormat
 from .record_buffer import RecordBuffer
 from .saved_contents import SavedContents, index_file
 from .saved_folder import SavedFolder, SavingFile
-from .saved_manifest import IndexFile, Manifest, PagesFile, crc32c
+from .saved_manifest import IndexFile, Manifest, PagesFile
 
 Read = Callable[[int, torch.Tensor], object]  # (frame, record): writes the frame's pages there
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from longlive_rag_ops.bank import BankConfig, MemoryBank, PageFormat
-from longlive_rag_ops.bank.saved_manifest import MANIFEST, crc32c
+from longlive_rag_ops.bank.checked_json import crc32c
+from longlive_rag_ops.bank.saved_manifest import MANIFEST
 
 SINK, EMBEDDING = 2, 6
 MANY = "64MiB"

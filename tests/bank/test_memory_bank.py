@@ -778,6 +778,7 @@ def test_a_closed_bank_says_so_in_every_call() -> None:
     calls = {
         "commit": ([5], keys, values),
         "search": (embeddings(1)[:, 0], 2),
+        "found": (torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)),
         "prefetch": ([1],),
         "settle": (),
         "wait": (0,),
