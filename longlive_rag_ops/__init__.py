@@ -41,7 +41,7 @@ _LATER = {
 
 def __getattr__(name: str) -> Any:
     """Names whose modules are imported when they are asked for."""
-    if name in ("bank", "embedder", "patch"):  # the last package can be called
+    if name in ("bank", "distributed", "embedder", "patch"):  # the last package can be called
         return import_module(f".{name}", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -49,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "bank", "embedder"})
+    return sorted({*globals(), *__all__, "bank", "distributed", "embedder"})

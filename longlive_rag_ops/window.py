@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -21,7 +23,11 @@ from .rotary import check_split, default_split, rotary_table
 from .window_pieces import WindowPieces
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .bank import BankConfig, MemoryBank
+    from .distributed import MemoryMesh
+    from .distributed.rank_share import RankShare
 
 FIRST_POSITIONS = 1024  # rows of the rotary table before any frame asks for more
 
@@ -39,7 +45,8 @@ class MemoryWindow(WindowPieces):
         layers: self-attention layers that share it.
         batch: samples, ``B``.
         tokens_per_frame: tokens of a latent frame, ``T``.
-        kv_heads, head_dim: of keys and values; queries may have a multiple of ``kv_heads``.
+        kv_heads, head_dim: of keys and values; queries may have a multiple of ``kv_heads``. With a mesh, of all ranks
+            together.
         dtype: of queries, keys and values; float64, float32, float16 or bfloat16.
         device: where the pool lives.
         history_slots: most frames of history kept; None keeps all, doubling the pool when it is full, which for a
@@ -57,9 +64,21 @@ class MemoryWindow(WindowPieces):
         rope: rotary table ``(P, head_dim // 2, 2)``; made by `rotary.rotary_table` when not given.
         rope_split: real channels of (time, height, width); `rotary.default_split` when not given.
         engine: ``auto`` or an engine's name, see `engines`; decided once, when the window is made.
+        mesh: a `DeviceMesh` with a dimension ``heads``, ``frames`` or both, or a `distributed.MemoryMesh`, over whose
+            ranks the history is spread; all of them make the window, and call it alike. By head, each rank keeps
+            ``kv_heads / head_ranks`` heads, and is given queries, keys and values of its own heads, already normalised.
+            By frame, each keeps its share of the frames in a bank, which must be given (its limits are one rank's), and
+            all are given the same queries, keys and values. Results are those of one rank. See docs/scaling.md.
+        transfer: with frames spread over ranks: ``pages`` brings the chosen pages to every rank, ``merge`` joins the
+            ranks' attention to their own ones; ``auto`` takes whichever moves fewer bytes, see `distributed.traffic`.
+        agreement: with a mesh: whether the ranks compare their windows in every block, by one small collective that
+            nobody waits for.
 
     Raises:
-        TypeError, ValueError: an argument is not allowed.
+        TypeError, ValueError: an argument is not allowed, or differs between the ranks of a mesh.
+        RankFailure: (a RuntimeError) a rank of the mesh has died or not answered in time. Every method may raise it;
+            the window cannot go on then.
+        RanksDisagree: (a RuntimeError) the ranks hold different windows, as found when a block begins.
     """
 
     @normal_tensors
@@ -80,63 +99,107 @@ class MemoryWindow(WindowPieces):
         rope: torch.Tensor | None = None,
         rope_split: Sequence[int] | None = None,
         engine: str = "auto",
+        mesh: DeviceMesh | MemoryMesh | None = None,
+        transfer: str = "auto",
+        agreement: bool = True,
     ) -> None:
-        if not isinstance(config, WindowConfig):
-            raise TypeError(f"config must be a WindowConfig, got {type(config).__name__}")
-        if dtype not in FLOATS:
-            raise TypeError(f"dtype must be {' or '.join(str(allowed) for allowed in FLOATS)}, got {dtype}")
-        self.config = config
-        self.layers = check_int("layers", layers, 1)
-        self.batch = check_int("batch", batch, 1)
-        self.tokens_per_frame = check_int("tokens_per_frame", tokens_per_frame, 1)
-        check_int("kv_heads", kv_heads, 1)
-        check_int("head_dim", head_dim, 2)
-        self.engine = engine_name(engine, torch.device(device).type)
-        self._own_rope = rope is None
-        self.rope_split = check_split(default_split(head_dim) if rope_split is None else rope_split, head_dim)
-        self._rope_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        if rope is None:
-            rope = rotary_table(head_dim, FIRST_POSITIONS, split=self.rope_split, dtype=self._rope_dtype, device=device)
-        self.rope = rope
-        shape = (layers, 2, batch, tokens_per_frame, kv_heads, head_dim)
-        self._history: FrameHistory
-        if bank is None:
-            check_history_slots(history_slots, config, batch)
-            # Without retrieval no history is kept.
-            pool = HistoryPool(
-                config.window,
-                shape,
+        sizes = {"layers": layers, "batch": batch, "tokens_per_frame": tokens_per_frame, "kv_heads": kv_heads}
+        check = partial(_check_arguments, config, dtype, **sizes, head_dim=head_dim)
+        self._share: RankShare | None = None
+        if mesh is None:
+            check()
+        else:
+            from .distributed.rank_share import share_of_mesh
+
+            self._share = share_of_mesh(
+                mesh,
+                config,
+                kv_heads,
+                bank,
+                transfer,
+                agreement,
+                check,
+                layers=layers,
+                batch=batch,
+                tokens_per_frame=tokens_per_frame,
+                head_dim=head_dim,
                 dtype=dtype,
                 device=device,
-                capacity=history_slots if config.top_k > 0 else 1,
+                history_slots=history_slots,
                 on_full=on_full,
+                rope=rope,
+                rope_split=rope_split,
+                engine=engine,
             )
-            self._history = ResidentHistory(config, pool, self.engine)
-        else:
-            if on_full != "error":
-                raise ValueError(f"on_full is for a window without a bank, whose policy says so; got {on_full!r}")
-            from .tiered_history import TieredHistory
+            kv_heads = self._share.kv_heads
+        with nullcontext() if self._share is None else self._share.making(self):
+            self.config = config
+            self.layers, self.batch, self.tokens_per_frame = layers, batch, tokens_per_frame
+            self.engine = engine_name(engine, torch.device(device).type)
+            self._own_rope = rope is None
+            self.rope_split = check_split(default_split(head_dim) if rope_split is None else rope_split, head_dim)
+            self._rope_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            if rope is None:
+                rope = rotary_table(
+                    head_dim, FIRST_POSITIONS, split=self.rope_split, dtype=self._rope_dtype, device=device
+                )
+            self.rope = rope
+            shape = (layers, 2, batch, tokens_per_frame, kv_heads, head_dim)
+            self._history: FrameHistory
+            if bank is None:
+                check_history_slots(history_slots, config, batch)
+                # Without retrieval no history is kept.
+                pool = HistoryPool(
+                    config.window,
+                    shape,
+                    dtype=dtype,
+                    device=device,
+                    capacity=history_slots if config.top_k > 0 else 1,
+                    on_full=on_full,
+                )
+                self._history = ResidentHistory(config, pool, self.engine)
+            else:
+                if on_full != "error":
+                    raise ValueError(f"on_full is for a window without a bank, whose policy says so; got {on_full!r}")
+                if self._share is not None and self._share.keeps_history:
+                    self._history = self._share.history(shape, dtype, device, bank, history_slots, self.engine)
+                else:
+                    from .tiered_history import TieredHistory
 
-            self._history = TieredHistory(config, shape, dtype, device, bank, history_slots, self.engine)
-        self.device = self._history.pages.device  # with its number, which "cuda" alone does not say
-        check_rotary(self.rope, self.rope_split, head_dim, self._history.pages)
-        self._staging = torch.zeros(
-            layers, batch, config.staging_rows, tokens_per_frame, kv_heads, head_dim, dtype=dtype, device=self.device
-        )
-        self._window_slots = torch.arange(config.window, device=self.device).expand(batch, -1)
-        # The frames are chosen in `finish`: the op needs no index, and empty ones never change their shape.
-        self._no_search = {
-            "index": torch.zeros(batch, 0, 1, device=self.device),
-            "index_ids": torch.zeros(batch, 0, dtype=torch.int64, device=self.device),
-            "index_length": torch.zeros(1, dtype=torch.int64, device=self.device),
-            "frame_slot": torch.zeros(batch, 0, dtype=torch.int64, device=self.device),
-            "select": False,
-        }
+                    self._history = TieredHistory(config, shape, dtype, device, bank, history_slots, self.engine)
+            self.device = self._history.pages.device  # with its number, which "cuda" alone does not say
+            check_rotary(self.rope, self.rope_split, head_dim, self._history.pages)
+            self._staging = torch.zeros(
+                layers,
+                batch,
+                config.staging_rows,
+                tokens_per_frame,
+                kv_heads,
+                head_dim,
+                dtype=dtype,
+                device=self.device,
+            )
+            self._window_slots = torch.arange(config.window, device=self.device).expand(batch, -1)
+            # The frames are chosen in `finish`: the op needs no index, and empty ones never change their shape.
+            self._no_search = {
+                "index": torch.zeros(batch, 0, 1, device=self.device),
+                "index_ids": torch.zeros(batch, 0, dtype=torch.int64, device=self.device),
+                "index_length": torch.zeros(1, dtype=torch.int64, device=self.device),
+                "frame_slot": torch.zeros(batch, 0, dtype=torch.int64, device=self.device),
+                "select": False,
+            }
         self.reset()
 
     @normal_tensors
     def reset(self) -> None:
-        """Starts a new video: forgets every frame, embedding and counter, keeps the memory and settings."""
+        """Starts a new video: forgets every frame, embedding and counter, keeps the memory and settings.
+
+        With a mesh, all ranks call it. `RankFailure` and `RanksDisagree` do not end with it: a window that has raised
+        one raises it again. Should the ranks have disagreed on the last block, which nobody has looked at so far, it
+        warns (RuntimeWarning).
+        """
+        if self._share is not None:
+            self._share.reset()
         self._history.clear()
         self._grid: list[int] | None = None  # of the video's first call
         self._blocks = BlockSequence(self.layers, self.config.frames_per_block)
@@ -226,6 +289,13 @@ class MemoryWindow(WindowPieces):
         """
         grid = self._checked_grid(grid)
         frames = self._frames_of(q)
+        if self._share is not None:
+            self._share.check_norms(q_weight, k_weight)
+            if self._share.merges:
+                out, lse = self._share.attend_merged(
+                    self, self._history, layer, q, k, v, start_frame, grid, frames, scale
+                )
+                return (out, lse) if return_lse else out
         block = self._block_at(start_frame, frames)
         out, lse = torch.ops.longlive.retrieve_attend(
             q,
@@ -261,7 +331,12 @@ class MemoryWindow(WindowPieces):
             place: whether the call places the block's pages. By default every call does when there is something to
                 place, because only the caller knows whether an earlier one went through; a few copies are saved by
                 passing False on all forwards but the block's first in this layer.
+
+        Raises:
+            RuntimeError: as `attend`; or ``transfer`` is ``merge``, so that the op would see one rank's pages alone.
         """
+        if self._share is not None:
+            self._share.check_whole("arguments", "take distributed.merged_attention.merged_arguments")
         grid = self._checked_grid(grid)
         block = self._block_at(start_frame, self.config.frames_per_block if frames is None else frames)
         arguments = self._arguments(block, layer, grid, place=block.placements > 0 if place is None else place)
@@ -280,12 +355,17 @@ class MemoryWindow(WindowPieces):
         Raises:
             RuntimeError, TypeError, ValueError: as `finish`. The window is unchanged then.
         """
+        self._check_ranks()
         block = self._blocks.finishable(start_frame)
         if self.config.top_k == 0 or block.remembered:
             return
         embeddings = self._check_embeddings(embeddings, block)
         began = time.perf_counter()
-        self._history.search(block.end, embeddings[:, -1])
+        with self._in_step():
+            if self._share is not None:
+                self._share.given(block.start, embeddings)
+            self._history.search(block.end, embeddings[:, -1])
+            self._history.prepare(block.end, block.plan)
         block.embeddings = embeddings.clone()  # what the caller does with its tensor before `finish` is its business
         self._seconds["retrieval"] += time.perf_counter() - began
 
@@ -303,7 +383,12 @@ class MemoryWindow(WindowPieces):
                 is full.
             TypeError, ValueError: the embeddings are not allowed. The window is unchanged in these cases. Should the
                 search itself fail (out of memory, say), calling again goes on from there.
+
+        With a mesh, what fails on one rank alone (its bank is full, its disk fails) after ranks have begun to exchange
+        something leaves that rank out of step: it raises the error, and from then on `RankFailure`, as the others do
+        after the time-out. This holds for `retrieve` and the first call of a block as well.
         """
+        self._check_ranks()
         block = self._blocks.finishable(start_frame)
         began = time.perf_counter()
         checked = None
@@ -314,13 +399,16 @@ class MemoryWindow(WindowPieces):
                 checked = block.embeddings
             else:
                 raise ValueError(f"embeddings must not be given again after retrieve({block.start}, ...)")
-        self._replace_rewritten()
-        if checked is not None:
-            self._history.add(block.start, checked, self._staging)
-            block.remembered = True
-        committed = time.perf_counter()
-        if self.config.top_k > 0:
-            self._history.choose(block.end, block.plan)
+        with self._in_step():
+            self._replace_rewritten()
+            if checked is not None:
+                if self._share is not None and block.embeddings is None:
+                    self._share.given(block.start, checked)
+                self._history.add(block.start, checked, self._staging)
+                block.remembered = True
+            committed = time.perf_counter()
+            if self.config.top_k > 0:
+                self._history.choose(block.end, block.plan)
         self._counters["blocks"] += 1
         self._counters["frames"] += block.frames
         self._last_plan = block.plan
@@ -339,6 +427,16 @@ class MemoryWindow(WindowPieces):
         return getattr(self._history, "bank", None)
 
     @property
+    def mesh(self) -> MemoryMesh | None:
+        """The ranks over which the history is spread; None without a mesh."""
+        return None if self._share is None else self._share.mesh
+
+    @property
+    def transfer(self) -> str | None:
+        """How frames that other ranks keep are attended to, ``pages`` or ``merge``; None where there are none."""
+        return None if self._share is None else self._share.transfer
+
+    @property
     def block_is_whole(self) -> bool:
         """Whether every layer has attended to the open block, so that it could be finished."""
         block = self._blocks.open
@@ -353,12 +451,12 @@ class MemoryWindow(WindowPieces):
     @property
     def selected(self) -> list[list[int]]:
         """For each sample, the frames retrieved for the current block or, between blocks, the next; best first."""
-        return [[frame for frame in row if frame >= 0] for row in self._history.chosen.tolist()]
+        return [[frame for frame in row if frame >= 0] for row in self._history.selected.tolist()]
 
     @property
     def selected_scores(self) -> list[list[float]]:
         """Cosine similarities of `selected`."""
-        chosen, scores = self._history.chosen.tolist(), self._history.scores.tolist()
+        chosen, scores = self._history.selected.tolist(), self._history.selected_scores.tolist()
         return [
             [score for frame, score in zip(*row, strict=True) if frame >= 0] for row in zip(chosen, scores, strict=True)
         ]
@@ -403,6 +501,15 @@ class MemoryWindow(WindowPieces):
             "seconds": dict(self._seconds),
         }
 
+    def _check_ranks(self) -> None:
+        """Raises `RankFailure` when a rank of the mesh has failed before: the window cannot go on."""
+        if self._share is not None:
+            self._share.mesh.collectives.check()
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        """Around collectives: an error that this rank has alone, after it took part in one, ends its part in them."""
+        return nullcontext() if self._share is None else self._share.in_step()
+
     def _frames_of(self, q: torch.Tensor) -> int:
         pages = self._history.pages
         check("q", q, (self.batch, None, None, pages.shape[-1]), (pages.dtype,), pages)
@@ -416,6 +523,7 @@ class MemoryWindow(WindowPieces):
     @normal_tensors
     def _block_at(self, start_frame: int, frames: int) -> Block:
         """The open block, or the next one, which only `_begin` opens: until then a rejected call leaves no trace."""
+        self._check_ranks()
         if self._recache is not None:
             raise RuntimeError(f"finish_recache({self._recache.start}) must come before start_frame {start_frame}")
         block = self._blocks.find(start_frame, frames)
@@ -423,8 +531,11 @@ class MemoryWindow(WindowPieces):
             return block
         began = time.perf_counter()
         config = self.config
-        self._check_restored(start_frame, frames)
-        self._history.settle(self._last_plan)
+        with self._in_step():
+            if self._share is not None:
+                self._share.check_agreement()
+            self._check_restored(start_frame, frames)
+            self._history.settle(self._last_plan)
         plan = advance_window(
             self._last_plan,
             self._history.chosen,
@@ -448,6 +559,8 @@ class MemoryWindow(WindowPieces):
             repeated = (chosen[:, :, None] == memory[:, None, :]).any(-1) & (chosen >= 0)
             self._counters["selected_frames"] += int((chosen >= 0).sum())
             self._counters["repeated_frames"] += int(repeated.sum())
+            if self._share is not None:
+                self._share.began(block, self._history)
             self._blocks.open, self._grid = block, grid
         if layer not in block.layers:
             self._counters["placed_pages"] += block.placements
@@ -523,3 +636,13 @@ class MemoryWindow(WindowPieces):
             self.rope = rotary_table(
                 2 * self.rope.shape[1], 2 * positions, split=self.rope_split, dtype=self._rope_dtype, device=self.device
             )
+
+
+def _check_arguments(config: WindowConfig, dtype: torch.dtype, *, head_dim: int, **sizes: int) -> None:
+    if not isinstance(config, WindowConfig):
+        raise TypeError(f"config must be a WindowConfig, got {type(config).__name__}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be {' or '.join(str(allowed) for allowed in FLOATS)}, got {dtype}")
+    for name, size in sizes.items():
+        check_int(name, size, 1)
+    check_int("head_dim", head_dim, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from .modes import normal_tensors
 from .ops.checks import check, check_scale
 from .recache import Recache, abandoned_state, plan_recache
 from .transfer import device_copy, device_numbers
+
+if TYPE_CHECKING:
+    from .distributed.rank_share import RankShare
 
 PARTS = ("sink", "local", "memory")
 
@@ -37,6 +40,7 @@ class WindowPieces:
     _window_slots: torch.Tensor
     _recache: Recache | None
     _rewritten: dict[int, set[int]]  # by frame, the layers
+    _share: RankShare | None
     _counters: dict[str, int]
 
     def write(
@@ -130,8 +134,24 @@ class WindowPieces:
             out ``(B, S, Hq, D)``, lse ``(B, Hq, S)`` or ``(0,)``, as ``window_attend``.
 
         Raises:
-            RuntimeError: no block is open, or it was not written in this layer. ValueError: no such part.
+            RuntimeError: no block is open, or it was not written in this layer; or ``transfer`` is ``merge``, so that
+                this rank has a part of the memory alone. ValueError: no such part.
         """
+        if self._share is not None:
+            self._share.check_whole("attend_written", "call attend, which joins the ranks' parts")
+        return self._attend_written(layer, q, parts=parts, exclude=exclude, scale=scale, return_lse=return_lse)
+
+    def _attend_written(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        *,
+        parts: Collection[str] = PARTS,
+        exclude: Collection[int] = (),
+        scale: float | None = None,
+        return_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `attend_written`, of the pages that this rank has."""
         block = self._blocks.open
         if block is None or layer not in block.layers:
             raise RuntimeError(f"write must come first: layer {layer} has written no block")
@@ -283,7 +303,7 @@ class WindowPieces:
             before: the oldest frame that is kept.
 
         Returns:
-            The frames that were given up.
+            The frames that were given up; on a mesh that spreads frames over ranks, those that this rank kept.
 
         Raises:
             RuntimeError: a block is open; its window holds what was chosen before.

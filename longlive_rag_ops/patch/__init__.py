@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..embedder import Embedder, find_embedder
 from .adapter import Adapter, Call, OwnWindow
-from .block_embedding import key_layer
+from .block_embedding import embedder_name, key_layer
 from .clip import Clip
 from .forward import Forward
 from .handle import Handle
@@ -21,7 +21,10 @@ from .registry import UnknownBackbone, families, find_backbone, register_adapter
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ..bank import BankConfig
+    from ..distributed import MemoryMesh
 
 __all__ = [
     "Adapter",
@@ -55,6 +58,8 @@ def patch(
     engine: str = "auto",
     on_prompt_switch: str = "keep",
     max_clips: int | None = None,
+    mesh: DeviceMesh | MemoryMesh | None = None,
+    transfer: str = "auto",
 ) -> Handle:
     """Lets a backbone attend to ``[sink | retrieved memory | local window]``; its pipeline is used as before.
 
@@ -79,12 +84,20 @@ def patch(
             forwards as it takes).
         max_clips: videos that may be under way together in this model; None: a new video ends the others, but the one
             used last when that is in its first block (guided sampling has two caches, which begin together).
+        mesh: ranks over which the history is spread, see `MemoryWindow`; all of them patch their copy of the model, and
+            run it alike. Along its heads, the copy's self-attention has this rank's heads alone.
+        transfer: as in `MemoryWindow`; families that attend in several pieces take ``auto`` for ``pages``.
 
     Raises:
         UnknownBackbone: (a TypeError) no family fits; the message lists them and what was missing.
         TypeError, ValueError: an argument is not allowed.
         RuntimeError: the model is patched already. The model is as it was in all of these cases.
     """
+    ranks: MemoryMesh | None = None
+    if mesh is not None:
+        from ..distributed.mesh import memory_mesh
+
+        ranks = memory_mesh(mesh)
     settings = Settings(
         window=window,
         sink=sink,
@@ -100,14 +113,25 @@ def patch(
         engine=engine,
         on_prompt_switch=on_prompt_switch,
         max_clips=max_clips,
+        mesh=ranks,
+        transfer=transfer,
     )
     backbone, family = find_backbone(model)
     adapter = family(backbone)
-    key_layer(settings.embedder, len(adapter.modules))
+    layer = key_layer(settings.embedder, len(adapter.modules))
+    if layer is not None and ranks is not None and ranks.head_ranks > 1:
+        raise ValueError(
+            f"embedder must be one of latents on a mesh with {ranks.head_ranks} ranks along its heads, each of which "
+            f"has other heads of the keys; got {embedder_name(settings.embedder)}, over the keys of layer {layer}"
+        )
     # What can be known before the first forward is refused before the model is touched.
     if on_prompt_switch == "recache" and family.with_latents is Adapter.with_latents:
         raise ValueError(
             f"on_prompt_switch must be keep or drop for {family.name}, which encodes no history again; got 'recache'"
+        )
+    if family.in_pieces and transfer == "merge":
+        raise ValueError(
+            f"transfer must be auto or pages for {family.name}, whose attention is made of several pieces; got 'merge'"
         )
     if window is not None and sink is not None:
         settings.config(window, sink, "slot", adapter.frames_per_block() or 1)

@@ -85,10 +85,12 @@ class Adapter(ABC):
     Attributes:
         name: of the family, for errors and logs.
         memory_rule: rule of temporal positions when frames are retrieved; None: the backbone's own.
+        in_pieces: it attends by `MemoryWindow.attend_written`, which sees the pages of one rank alone.
     """
 
     name: ClassVar[str]
     memory_rule: ClassVar[str | None] = "slot"
+    in_pieces: ClassVar[bool] = False
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model

@@ -41,6 +41,7 @@ class AnyFlow(Adapter):
 
     name = "AnyFlow-FAR (diffusers)"
     memory_rule = None
+    in_pieces = True
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)

@@ -130,6 +130,7 @@ class Clip:
 
     def _new_window(self, call: Call, k: torch.Tensor, v: torch.Tensor) -> MemoryWindow:
         head_dim, settings = k.shape[3], self.settings
+        in_pieces = self.adapter.in_pieces and settings.transfer == "auto"
         table, split = self.adapter.rotary(head_dim) or (None, None)
         if table is not None:
             table = table.to(device=k.device, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
@@ -138,7 +139,7 @@ class Clip:
             layers=len(self.adapter.modules),
             batch=call.batch,
             tokens_per_frame=call.tokens_per_frame,
-            kv_heads=k.shape[2],
+            kv_heads=k.shape[2] * (1 if settings.mesh is None else settings.mesh.head_ranks),
             head_dim=head_dim,
             dtype=v.dtype,
             device=k.device,
@@ -147,6 +148,8 @@ class Clip:
             rope=table,
             rope_split=split,
             engine=settings.engine,
+            mesh=settings.mesh,
+            transfer="pages" if in_pieces else settings.transfer,
         )
 
     def begin(self, call: Call) -> Forward:

@@ -70,6 +70,7 @@ class SanaRefiner(Adapter):
 
     name = "SANA-WM refiner (diffusers)"
     memory_rule = None
+    in_pieces = True
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)

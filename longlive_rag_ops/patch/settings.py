@@ -11,7 +11,9 @@ from ..engines import check_engine
 
 if TYPE_CHECKING:
     from ..bank import BankConfig
+    from ..distributed import MemoryMesh
 
+TRANSFERS = ("auto", "pages", "merge")
 SWITCHES = ("keep", "drop", "recache")
 
 
@@ -33,6 +35,8 @@ class Settings:
     engine: str
     on_prompt_switch: str
     max_clips: int | None
+    mesh: MemoryMesh | None = None
+    transfer: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value, low in (
@@ -54,6 +58,13 @@ class Settings:
             raise ValueError(f"on_prompt_switch must be one of {', '.join(SWITCHES)}; got {self.on_prompt_switch!r}")
         if self.bank is not None:
             self._check_bank(self.bank)
+        if self.transfer not in TRANSFERS:
+            raise ValueError(f"transfer must be one of {', '.join(TRANSFERS)}; got {self.transfer!r}")
+        if self.mesh is not None and self.mesh.frame_ranks > 1 and self.top_k > 0 and self.bank is None:
+            raise ValueError(
+                f"bank must be given where {self.mesh.frame_ranks} ranks share the frames of the history: "
+                "BankConfig(host_bytes=...) says how much of its memory each rank keeps its share in"
+            )
 
     def _check_bank(self, bank: Any) -> None:
         from ..bank import BankConfig, MemoryBank

@@ -1,0 +1,130 @@
+"""Banks that ranks share, made of one process's bank, and what they hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longlive_rag_ops.bank import BankConfig, MemoryBank, PageFormat
+from longlive_rag_ops.distributed.mesh import MemoryMesh
+
+SINK, FRAMES, EMBEDDING = 2, 11, 6
+
+
+def page_format(storage: str = "plain", heads: int = 4) -> PageFormat:
+    return PageFormat(storage, 2, 2, 3, heads, 8, torch.float16)
+
+
+def limits(form: PageFormat, frames: int | None = None, **more: Any) -> BankConfig:
+    """Room for so many frames."""
+    size = "16MiB" if frames is None else frames * form.record_bytes
+    return BankConfig(host_bytes=size, storage=form.storage, slab_bytes=4 * form.record_bytes, **more)
+
+
+def one_bank(storage: str = "plain", seed: int = 0, frames: int = FRAMES) -> MemoryBank:
+    """What one process has: sinks without embeddings, one NaN embedding, one zero, frames replaced, found."""
+    random = torch.Generator().manual_seed(seed)
+    form = page_format(storage)
+    bank = MemoryBank(form, limits(form), sink=SINK, frames_per_commit=1)
+    shape = form.layers, form.samples, 1, *form.page_shape
+
+    def pages() -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(form.dtype)
+
+    for frame in range(frames):
+        embedding = torch.randn(form.samples, 1, EMBEDDING, generator=random)
+        if frame == 4:
+            embedding[1] = torch.nan
+        if frame == 5:
+            embedding[0] = 0.0
+        bank.commit([frame], pages(), pages(), None if frame < SINK else embedding)
+    for frame in (1, 3, 3):
+        bank.commit([frame], pages(), pages(), replace=True)
+    for _ in range(3):
+        bank.search(torch.randn(form.samples, EMBEDDING, generator=random), 3, end_frame=frames)
+    return bank
+
+
+def head_record(form: PageFormat, record: torch.Tensor, heads: slice) -> tuple[PageFormat, torch.Tensor]:
+    """The format and record that a rank with these heads has."""
+    count = len(range(form.kv_heads)[heads])
+    part = replace(form, kv_heads=count)
+    out = torch.zeros(form.layers, form.samples, part.page_bytes, dtype=torch.uint8)
+    for mine, whole in zip(part.views(out).values(), form.views(record).values(), strict=True):
+        mine.copy_(whole[:, :, :, heads])
+    return part, out
+
+
+def share(mesh: MemoryMesh | None, whole: MemoryBank) -> tuple[PageFormat, dict[int, tuple[Any, ...]]]:
+    """What a rank is to hold of a bank: by frame its record, generation, embedding and retrievals."""
+    form = whole.format
+    heads = slice(0, form.kv_heads)
+    if mesh is not None:
+        count = form.kv_heads // mesh.head_ranks
+        heads = slice(mesh.head_rank * count, (mesh.head_rank + 1) * count)
+    found = {}
+    for frame in whole.frames():
+        if mesh is not None and mesh.owner(frame, SINK) != mesh.frame_rank:
+            continue
+        indexed = whole.index is not None and frame in whole.index
+        found[frame] = (
+            head_record(form, whole.record(frame), heads)[1],
+            whole.generation(frame),
+            whole.embedding(frame) if indexed else None,
+            whole.retrievals(frame),
+        )
+    return replace(form, kv_heads=form.kv_heads // (1 if mesh is None else mesh.head_ranks)), found
+
+
+def shared_bank(mesh: MemoryMesh | None, whole: MemoryBank) -> MemoryBank:
+    """A rank's bank with its share of what one process has."""
+    form, frames = share(mesh, whole)
+    bank = MemoryBank(form, limits(form), sink=SINK, frames_per_commit=1)
+    for frame, (record, generation, embedding, retrievals) in frames.items():
+        bank.restore(frame, record, generation=generation, embedding=embedding, retrievals=retrievals)
+    return bank
+
+
+def held(bank: MemoryBank) -> dict[int, tuple[Any, ...]]:
+    """What a bank has, comparable."""
+    return comparable(share(None, bank)[1])
+
+
+def comparable(frames: dict[int, tuple[Any, ...]]) -> dict[int, tuple[Any, ...]]:
+    return {
+        frame: (
+            record.numpy().tobytes(),
+            generation,
+            None if embedding is None else embedding.numpy().tobytes(),
+            retrievals,
+        )
+        for frame, (record, generation, embedding, retrievals) in frames.items()
+    }
+
+
+def page_file(folder: Path, frame: int, rank: int = 0) -> Path:
+    """The file with a frame's pages that a rank has written."""
+    import pickle
+
+    (data,) = folder.glob("data-*")
+    storage = pickle.loads((data / ".metadata").read_bytes()).storage_data
+    found = [info.relative_path for index, info in storage.items() if index.fqn == f"pages.{frame}"]
+    return data / next(name for name in found if name.startswith(f"__{rank}_"))
+
+
+def flip(path: Path, at: int) -> None:
+    """Changes one byte."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def flip_pages(path: Path) -> None:
+    """Changes one byte of the pages in a file of theirs, not of what is around them."""
+    stored = torch.load(path)
+    raw = path.read_bytes()
+    at = raw.index(stored.numpy().tobytes())
+    flip(path, at + 17)
