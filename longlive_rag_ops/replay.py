@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from .config import WindowConfig
 from .rotary import rotary_table
 from .traces import Trace
 from .window import MemoryWindow
+
+if TYPE_CHECKING:
+    from .distributed import MemoryMesh
 
 TOLERANCE = 2e-5  # largest float32 error of an output, relative to the recorded output's root mean square
 
@@ -45,7 +48,12 @@ class BlockResult:
 
 
 def trace_window(
-    trace: Trace, engine: str = "auto", device: str = "cpu", bank: BankConfig | None = None
+    trace: Trace,
+    engine: str = "auto",
+    device: str = "cpu",
+    bank: BankConfig | None = None,
+    mesh: MemoryMesh | None = None,
+    transfer: str = "auto",
 ) -> MemoryWindow:
     """A window with the sizes of the trace's config, for its one layer."""
     sizes = trace.config
@@ -78,14 +86,24 @@ def trace_window(
         rope_split=split,
         engine=engine,
         bank=bank,
+        mesh=mesh,
+        transfer=transfer,
     )
 
 
 def replay(
-    trace: Trace, engine: str = "auto", device: str = "cpu", bank: BankConfig | None = None
+    trace: Trace,
+    engine: str = "auto",
+    device: str = "cpu",
+    bank: BankConfig | None = None,
+    mesh: MemoryMesh | None = None,
+    transfer: str = "auto",
 ) -> Iterator[BlockResult]:
-    """Runs the trace block by block through `MemoryWindow`, which calls ``torch.ops.longlive``."""
-    window = trace_window(trace, engine, device, bank)
+    """Runs the trace block by block through `MemoryWindow`, which calls ``torch.ops.longlive``.
+
+    With a mesh, whose ranks share frames and not heads, all of them run it.
+    """
+    window = trace_window(trace, engine, device, bank, mesh, transfer)
     for block, entry in enumerate(trace.log):
         start, error = entry["start_frame"], 0.0
         for forward in range(trace.config["forwards_per_block"]):

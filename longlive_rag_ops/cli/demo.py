@@ -1,14 +1,15 @@
 """``longlive-rag demo``: a real video through the memory window, with a report and pictures."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .window_options import add_window_options
 
 if TYPE_CHECKING:
     from ..bank.config import BankConfig
+    from ..demo.settings import DemoSettings
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_options", "add_parser", "demo_settings", "run"]
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,6 +20,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "writes report.json, contact sheets and similarity maps. Without --video, two edits of sample clips are used, "
         "fetched once with pip: one in which a scene returns, one in which none does.",
     )
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
     parser.add_argument(
         "--video", metavar="FILE", help="video file, or sample:NAME (default: two edits of sample clips)"
     )
@@ -61,7 +68,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--threads", type=int, default=1, metavar="N", help="CPU threads, 0: torch's choice (default 1)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=run)
 
 
 def _bank(args: argparse.Namespace) -> "BankConfig | None":
@@ -86,13 +92,12 @@ def _bank(args: argparse.Namespace) -> "BankConfig | None":
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def demo_settings(args: argparse.Namespace, **others: Any) -> "DemoSettings":
+    """The settings that the options ask for, and others."""
     from ..demo.embedding import find_demo_embedder
     from ..demo.settings import DemoSettings, parse_size
-    from ..demo.show import show
-    from ..demo.table import summary_text
 
-    settings = DemoSettings(
+    return DemoSettings(
         window=args.window,
         sink=args.sink,
         top_k=args.top_k,
@@ -103,8 +108,15 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         bank=_bank(args),
         embedder=find_demo_embedder(args.embedder),
+        **others,
     )
-    shown = show(args.video, args.out, settings, progress=not args.quiet)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..demo.show import show
+    from ..demo.table import summary_text
+
+    shown = show(args.video, args.out, demo_settings(args), progress=not args.quiet)
     print(summary_text(shown.report))
     print(f"report:   {shown.report_path}")
     for picture in shown.pictures:

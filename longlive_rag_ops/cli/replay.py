@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..replay import BlockResult
+
+MOST_RANKS = 64  # processes that one machine is asked for
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,6 +30,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="auto, reference, dense or triton (default: auto); on a CPU triton runs in its interpreter, slowly",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of this machine that share the history by frame (default: 1; attention on a CPU alone)",
+    )
+    parser.add_argument(
+        "--transfer",
+        default="auto",
+        choices=("auto", "pages", "merge"),
+        help="with --ranks: whether the pages that other ranks keep travel, or parts of attention are merged",
+    )
     parser.set_defaults(run=run)
 
 
@@ -37,30 +53,46 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from ..config import check_int
     from ..embedder.recording import is_recording
     from ..engines import check_engine
     from ..safetensors_file import map_safetensors
 
     check_engine(args.engine)
+    check_int("--ranks", args.ranks, 1, MOST_RANKS)
+    if args.ranks > 1 and args.device != "cpu":
+        raise ValueError(f"--ranks: got {args.ranks} with --device {args.device}; ranks of this command run on a CPU")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: torch finds no CUDA device on this machine; allowed here: cpu")
     failed = 0
     for name in args.traces:
         path = Path(name)
         embedder = is_recording(*map_safetensors(path, "trace"))
-        agrees = _replay_embedder(path, args.device) if embedder else _replay_attention(path, args.engine, args.device)
+        if embedder and args.ranks > 1:
+            raise ValueError(f"--ranks: got {args.ranks}, but {path} is an embedder, which one process runs")
+        if embedder:
+            agrees = _replay_embedder(path, args.device)
+        else:
+            agrees = _replay_attention(path, args.engine, args.device, args.ranks, args.transfer)
         failed += not agrees
     return 1 if failed else 0
 
 
-def _replay_attention(path: Path, engine: str, device: str) -> bool:
+def _replay_attention(path: Path, engine: str, device: str, ranks: int, transfer: str) -> bool:
     from ..replay import TOLERANCE, replay
     from ..traces import load_trace
 
     trace = load_trace(path)
-    print(f"{path}: {trace.config['blocks']} blocks, engine {engine}, device {device}")
+    shared = "" if ranks == 1 else f", {ranks} ranks that share the history by frame"
+    print(f"{path}: {trace.config['blocks']} blocks, engine {engine}, device {device}{shared}")
+    if ranks == 1:
+        replayed: Iterable[BlockResult] = replay(trace, engine, device)
+    else:
+        from ..distributed.trace_replay import replay_on_ranks
+
+        replayed = replay_on_ranks(path, ranks, engine, transfer)
     results = []
-    for result in replay(trace, engine, device):
+    for result in replayed:
         print(_line(result))
         results.append(result)
     wrong = sum(not result.passed for result in results)

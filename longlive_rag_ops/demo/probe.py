@@ -74,8 +74,12 @@ class Probe:
             placed.append(here)
             sliding.append(there)
         # (frames, layers, H, n * T) -> (layers, frames)
-        by_layer, slid = (self._shares(torch.stack(parts)) for parts in (placed, sliding))
+        by_layer, slid = (self._shares(self._joined(torch.stack(parts))) for parts in (placed, sliding))
         return Masses(by_layer.mean(0).numpy(), slid.mean(0).numpy(), by_layer.numpy())
+
+    def _joined(self, log_sum_exp: torch.Tensor) -> torch.Tensor:
+        """(frames, layers, H, n * T) of all frames and heads, where ranks share them."""
+        return log_sum_exp
 
     def _frame(
         self, queries: Sequence[torch.Tensor], frame: int, start: int, frames: int

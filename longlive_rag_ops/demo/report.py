@@ -16,6 +16,10 @@
 ``clips``        sample clips: package, licence of the package, what they show
 ``bank``         null without one; ``limits``, ``statistics`` of each run (`MemoryBank.stats`), ``bit_for_bit``:
                  ``blocks`` streamed in bfloat16, how many of them came out ``equal``, ``compared_with`` what
+``ranks``        null without; ``frame_ranks``, ``head_ranks``, ``transfer`` (of the chosen pages), and ``compared``
+                 with one process, each output of each block: ``blocks``, how many of them had ``same_selections``,
+                 ``largest_error`` and ``allowed_error`` (relative to the outputs' root mean square). Sizes and times
+                 are the first rank's
 ``runs``         one object per footage and kind of weights, below
 ``pictures``     file names, relative to the report
 ``seconds``      wall time of the whole demo
@@ -37,13 +41,15 @@ blocks of the highest cosine); ``coverage`` and ``coverage_sliding_positions``, 
 ``milliseconds`` (medians over blocks with a full window) and ``bytes_held`` after the last block.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -56,6 +62,9 @@ from .model import TIMESTEPS, ToyTransformer
 from .settings import DemoSettings
 from .stream import BlockRecord, Streamed
 from .tiers import TierCheck
+
+if TYPE_CHECKING:
+    from .rank_check import RankCheck
 
 __all__ = ["build_report", "describe_device", "write_report"]
 
@@ -219,8 +228,22 @@ def _bank(runs: Sequence[Streamed], settings: DemoSettings, check: TierCheck | N
     return named
 
 
+def _ranks(runs: Sequence[Streamed], settings: DemoSettings, compared: RankCheck | None) -> dict[str, Any] | None:
+    if settings.mesh is None:
+        return None
+    return {
+        **settings.mesh.shape(),
+        "transfer": runs[0].transfer,
+        "compared": None if compared is None else asdict(compared),
+    }
+
+
 def build_report(
-    runs: Sequence[Streamed], codec: Codec, settings: DemoSettings, check: TierCheck | None = None
+    runs: Sequence[Streamed],
+    codec: Codec,
+    settings: DemoSettings,
+    check: TierCheck | None = None,
+    compared: RankCheck | None = None,
 ) -> dict[str, Any]:
     """The report without ``pictures`` and ``seconds``, which are known last; ``runs`` is not empty."""
     rule = WindowRule(settings.window, settings.sink, settings.top_k)
@@ -267,6 +290,7 @@ def build_report(
         },
         "clips": list(clips.values()),
         "bank": _bank(runs, settings, check),
+        "ranks": _ranks(runs, settings, compared),
         "runs": [_run(run, rule) for run in runs],
     }
 

@@ -1,6 +1,9 @@
 """What the demo can be asked for."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..bank.config import BankConfig
 from ..config import WindowConfig
@@ -8,9 +11,13 @@ from .codec import CHANNELS, PIXELS_PER_LATENT
 from .embedding import GRID_POOL, DemoEmbedder
 from .video import Size, check_size
 
-__all__ = ["FRAMES_PER_BLOCK", "DemoSettings", "parse_size"]
+if TYPE_CHECKING:
+    from ..distributed import MemoryMesh
+
+__all__ = ["AMPLE", "FRAMES_PER_BLOCK", "DemoSettings", "parse_size"]
 
 FRAMES_PER_BLOCK = 3
+AMPLE = 2**40  # bytes: host memory is taken as it is needed, so that a generous limit costs nothing
 
 
 def parse_size(text: str) -> Size:
@@ -32,7 +39,8 @@ class DemoSettings:
     ``threads`` 0 leaves torch's own choice. The default is one: matrices are small here, and on a machine that is busy
     with something else, threads that wait for each other make the demo several times slower. With ``bank`` the history
     lives in a memory bank of these limits instead of the window's pool. ``embedder`` makes the vectors that retrieval
-    searches.
+    searches. With ``mesh`` the history is spread over its ranks, ``transfer`` as `MemoryWindow` takes it; without a
+    ``bank``, each rank keeps its share in memory without a limit.
     """
 
     window: int = 12
@@ -45,6 +53,8 @@ class DemoSettings:
     threads: int = 1
     bank: BankConfig | None = None
     embedder: DemoEmbedder = GRID_POOL
+    mesh: MemoryMesh | None = None
+    transfer: str = "auto"
 
     def __post_init__(self) -> None:
         check_size(self.size)

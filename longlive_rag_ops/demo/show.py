@@ -29,7 +29,7 @@ __all__ = ["Shown", "show"]
 
 @dataclass(frozen=True)
 class Shown:
-    """The report and where everything lies."""
+    """The report and where everything lies; on ranks other than the first, what lies there is written by that one."""
 
     report: dict[str, Any]
     report_path: Path
@@ -42,13 +42,24 @@ def _load(video: str | Path | None, codec: Codec, settings: DemoSettings, tick: 
     return [load_edit(edit, codec, settings, tick) for edit in EDITS]
 
 
+def _load_in_turn(
+    video: str | Path | None, codec: Codec, settings: DemoSettings, tick: Callable[[], None]
+) -> list[Footage]:
+    """One rank before the others: it may fetch sample clips, which they then find."""
+    if settings.mesh is None:
+        return _load(video, codec, settings, tick)
+    from .ranks import first_before_others
+
+    return first_before_others(settings.mesh, lambda: _load(video, codec, settings, tick))
+
+
 def show(video: str | Path | None, out: str | Path, settings: DemoSettings, *, progress: bool = True) -> Shown:
     """Runs the demo.
 
     Args:
         video: a file, ``sample:NAME``, or None for the two edits of sample clips.
         out: folder for ``report.json`` and the pictures; made where it does not exist.
-        settings: window sizes, seed and the like.
+        settings: window sizes, seed and the like. With a mesh, all of its ranks call this.
         progress: show progress bars on standard error.
 
     Raises:
@@ -62,35 +73,45 @@ def show(video: str | Path | None, out: str | Path, settings: DemoSettings, *, p
     need("matplotlib.figure", "drawing the pictures")
     need("av", "reading a video")
     folder = Path(out)
-    if video is not None:
+    first = settings.mesh is None or settings.mesh.rank == settings.mesh.ranks[0]
+    progress = progress and first
+    if video is not None and first:
         probe_video(resolve(video))  # a wrong name is found before a folder is made
-    prepare_folder(folder)
+    if first:
+        prepare_folder(folder)
     threads = torch.get_num_threads()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
         codec = Codec.shipped()
         with bar(desc="decoding", unit=" latent frames", disable=not progress) as decoding:
-            footages = _load(video, codec, settings, decoding.update)
+            footages = _load_in_turn(video, codec, settings, decoding.update)
         runs: list[Streamed] = []
         for footage in footages:
             for weights in WEIGHT_KINDS:
                 blocks = footage.frames // FRAMES_PER_BLOCK
                 with bar(total=blocks, desc=f"{footage.name}, {weights}", unit="block", disable=not progress) as line:
                     runs.append(stream(footage, weights, settings, line.update))
-        check = None
-        if settings.bank is not None:
+        check, compared = None, None
+        if settings.mesh is not None:
+            from .rank_check import check_ranks
+
+            blocks = footages[0].frames // FRAMES_PER_BLOCK
+            with bar(total=blocks, desc="ranks and one process", unit="block", disable=not progress) as line:
+                compared = check_ranks(footages[0], settings, line.update)
+        elif settings.bank is not None:
             blocks = 2 * (footages[0].frames // FRAMES_PER_BLOCK)
             with bar(total=blocks, desc="tiers, bit for bit", unit="block", disable=not progress) as line:
                 check = check_tiers(footages[0], settings, line.update)
-        pictures = _draw(runs, folder, settings)
-        report = build_report(runs, codec, settings, check)
+        pictures = _draw(runs, folder, settings) if first else []
+        report = build_report(runs, codec, settings, check, compared)
     finally:
         torch.set_num_threads(threads)
     report["pictures"] = [picture.name for picture in pictures]
     report["seconds"] = round(time.perf_counter() - began, 2)
     path = folder / "report.json"
-    write_report(report, path)
+    if first:
+        write_report(report, path)
     return Shown(report, path, tuple(pictures))
 
 

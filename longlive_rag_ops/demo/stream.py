@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from ..bank.config import BankConfig
 from ..window import MemoryWindow
 from .footage import Footage
 from .measures import Choice, eligible_frames
 from .model import TIMESTEPS, ToyTransformer, WeightKind, mix_noise
 from .probe import Masses, Probe
-from .settings import FRAMES_PER_BLOCK, DemoSettings
+from .settings import AMPLE, FRAMES_PER_BLOCK, DemoSettings
 
 __all__ = ["BlockRecord", "Streamed", "model_and_window", "stream"]
 
@@ -40,13 +41,15 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A footage streamed through one kind of weights: a record per block, embeddings (frames, E), final statistics."""
+    """A footage streamed through one kind of weights: a record per block, embeddings (frames, E), final statistics,
+    and how ranks came by what others keep (`MemoryWindow.transfer`)."""
 
     footage: Footage
     weights: WeightKind
     records: tuple[BlockRecord, ...]
     embeddings: torch.Tensor
     stats: dict[str, Any]
+    transfer: str | None = None
 
 
 @dataclass
@@ -76,9 +79,25 @@ def model_and_window(
         kv_heads=model.heads,
         head_dim=model.head_dim,
         dtype=dtype,
-        bank=settings.bank,
+        bank=_bank(settings),
+        mesh=settings.mesh,
+        transfer=settings.transfer,
     )
     return model, window
+
+
+def _bank(settings: DemoSettings) -> BankConfig | None:
+    """Where ranks share frames, each keeps its own in a bank."""
+    shared = settings.mesh is not None and settings.mesh.frame_ranks > 1
+    return BankConfig(host_bytes=AMPLE, slab_bytes="16MiB") if shared and settings.bank is None else settings.bank
+
+
+def _attention_and_probe(window: MemoryWindow) -> tuple[Callable[..., torch.Tensor], type[Probe]]:
+    if window.mesh is None:
+        return MemoryWindow.attend, Probe
+    from .ranks import RankProbe, attend_on_ranks
+
+    return attend_on_ranks, RankProbe
 
 
 def stream(
@@ -89,11 +108,12 @@ def stream(
 ) -> Streamed:
     """Streams all blocks of a footage. Deterministic for a seed, times apart; ``tick`` is called once a block."""
     model, window = model_and_window(footage, weights, settings)
-    probe = Probe(window, window.config, model.head_dim, model.grid)
+    attend, probe_type = _attention_and_probe(window)
+    probe = probe_type(window, window.config, model.head_dim, model.grid)
     noise = torch.Generator().manual_seed(settings.seed + 1)
     records, embeddings = [], []
     for start in range(0, footage.frames, FRAMES_PER_BLOCK):
-        record, embedding = _block(footage, start, model, window, probe, noise, settings)
+        record, embedding = _block(footage, start, model, window, probe, attend, noise, settings)
         records.append(record)
         embeddings.append(embedding)
         tick()
@@ -101,7 +121,7 @@ def stream(
     if window.bank is not None:
         stats["bank"] = window.bank.stats()
         window.bank.close()
-    return Streamed(footage, weights, tuple(records), torch.cat(embeddings), stats)
+    return Streamed(footage, weights, tuple(records), torch.cat(embeddings), stats, window.transfer)
 
 
 def _block(
@@ -110,6 +130,7 @@ def _block(
     model: ToyTransformer,
     window: MemoryWindow,
     probe: Probe,
+    attend_in: Callable[..., torch.Tensor],
     noise: torch.Generator,
     settings: DemoSettings,
 ) -> tuple[BlockRecord, torch.Tensor]:
@@ -119,7 +140,7 @@ def _block(
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         searched, entered = clock.retrieval(), time.perf_counter()
-        out: torch.Tensor = window.attend(layer, q, k, v, start, model.grid)
+        out: torch.Tensor = attend_in(window, layer, q, k, v, start, model.grid)
         clock.attention += time.perf_counter() - entered
         clock.inside += clock.retrieval() - searched
         clock.queries.append(q)

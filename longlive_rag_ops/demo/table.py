@@ -149,9 +149,24 @@ def _bank(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _ranks(report: dict[str, Any]) -> list[str]:
+    ranks = report["ranks"]
+    if ranks is None:
+        return []
+    frames, heads, compared = ranks["frame_ranks"], ranks["head_ranks"], ranks["compared"]
+    transfer = "" if ranks["transfer"] is None else f"; what others keep comes by {ranks['transfer']}"
+    return [
+        f"{frames * heads} ranks: frames over {frames}, heads over {heads}{transfer}. Beside one process: "
+        f"{compared['same_selections']} of {compared['blocks']} blocks retrieved the same frames; largest error of an "
+        f"attention output {compared['largest_error']:.1e} of their root mean square, "
+        f"{compared['allowed_error']:.0e} is allowed.",
+        "",
+    ]
+
+
 def summary_text(report: dict[str, Any]) -> str:
     """What the demo prints at its end, some forty lines."""
     lines = [f"frames are found by {report['embedder']['name']}: {report['embedding']}", ""]
     for run in _footages(report):
         lines += _retrieval(run)
-    return "\n".join([*lines, *_coverage(report), *_bank(report), *_times(report)])
+    return "\n".join([*lines, *_coverage(report), *_bank(report), *_ranks(report), *_times(report)])

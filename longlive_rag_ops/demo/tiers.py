@@ -12,12 +12,10 @@ import torch
 from ..bank.config import BankConfig
 from .footage import Footage
 from .model import TIMESTEPS, mix_noise
-from .settings import FRAMES_PER_BLOCK, DemoSettings
+from .settings import AMPLE, FRAMES_PER_BLOCK, DemoSettings
 from .stream import model_and_window
 
 __all__ = ["TierCheck", "check_tiers"]
-
-AMPLE = 2**40  # bytes: host memory is taken as it is needed, so that a generous limit costs nothing
 
 
 @dataclass(frozen=True)
