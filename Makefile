@@ -8,6 +8,8 @@ FASTVIDEO ?= fastvideo==0.2.1
 DEMO_OUT ?= demo_out
 export EMBEDDER ?=
 BENCH_OUT ?= bench_out
+# Processes that share the test files, where pytest-xdist is there. Each computes with one thread.
+JOBS ?= 2
 # What pytest-benchmark measures after the suites.
 BENCH_PYTEST ?= benchmarks/test_bank.py benchmarks/test_embedder.py benchmarks/test_micro.py
 BENCH_RESULTS ?=
@@ -76,6 +78,7 @@ help:
 	@echo 'VENV=none            use PYTHON as it is: nothing is downloaded, only this package is installed into it'
 	@echo "TORCH='torch==2.13.0'   what pip installs as torch; to this an --index-url may be added, for a smaller CPU build"
 	@echo "TRITON='triton==3.7.1'  what pip installs where torch brings no Triton: tests run its kernels in the interpreter"
+	@echo 'JOBS=1                  runs the Python tests in one process; by default two share them'
 	@echo 'EMBEDDER=trained        what demo searches by: the package'\''s trained embedder, or a checkpoint file of your own'
 	@echo 'BENCH_RESULTS=FOLDER    what bench-check compares with: by default the results of this device, or the newest of a CPU'
 	@echo 'LONGLIVE_PEERS=FOLDER   where test-backbones finds checkouts of backbones that no package has'
@@ -130,7 +133,8 @@ test-cpp: $(INSTALLED)
 
 test-python: $(INSTALLED)
 	@echo 'test: Python tests'
-	@$(RUN) -m pytest -q
+	@OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" $(RUN) -m pytest -q \
+	  $$($(RUN) -c 'import xdist' 2>/dev/null && echo '-n $(JOBS) --dist loadfile --no-loadscope-reorder')
 
 # make turns every status into 2. What wants to tell a failed installation from failed tests, as .ci/run does, makes
 # setup-backbones first, which fails for no other reason. The constraint keeps pip from replacing torch.
