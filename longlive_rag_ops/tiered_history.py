@@ -81,6 +81,7 @@ class TieredHistory(FrameHistory):
             least += max(0, most_fetched - config.frames_per_block)
             block = "the larger of frames_per_block and batch * top_k"
         if room < least:
+            self.bank.close()
             raise ValueError(
                 f"host_bytes and disk_bytes must hold at least {least} frames (window + recent_exclude + {block} + "
                 f"batch * top_k) of {self.bank.format.record_bytes} bytes each, got room for {room}"

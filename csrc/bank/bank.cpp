@@ -148,8 +148,9 @@ void Bank::State::release(const std::vector<Frame>& wanted, Stream stream) {
     if (frame >= 0) slots.expect_release(frame);
   }
   const EventRef point = device->record(stream);
+  std::vector<StreamPoint> others;
   for (const Frame frame : wanted) {
-    if (frame >= 0) slots.release(*device, frame, {stream, point});
+    if (frame >= 0) slots.release(*device, frame, {stream, point}, others);
   }
   spill_ahead(false);
   tend();

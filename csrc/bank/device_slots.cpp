@@ -6,7 +6,7 @@ namespace longlive::bank {
 
 namespace {
 
-// A later point of a stream lies behind the earlier one. Does not allocate where there is room for one more.
+// A later point of a stream lies behind the earlier one.
 void add(std::vector<StreamPoint>& points, const StreamPoint& point) {
   for (StreamPoint& mark : points) {
     if (mark.stream != point.stream) continue;
@@ -59,17 +59,21 @@ bool DeviceSlots::fit(const std::vector<Frame>& frames) const {
 
 void DeviceSlots::pin(Frame frame, Stream stream) {
   State& held = state(table_->lookup(frame));
-  if (std::find(held.readers.begin(), held.readers.end(), stream) == held.readers.end()) held.readers.push_back(stream);
+  add_reader(held, stream);
   if (table_->pin(frame) == 1) ++pinned_;
+}
+
+// With room for its mark, so that unmarked() cannot fail for want of memory.
+void DeviceSlots::add_reader(State& held, Stream stream) {
+  if (std::find(held.readers.begin(), held.readers.end(), stream) != held.readers.end()) return;
+  held.marks.reserve(held.marks.size() + held.readers.size() + 2);  // and for one that fills it
+  held.readers.push_back(stream);
 }
 
 void DeviceSlots::read_by(Stream stream) {
   if (pinned_ == 0) return;
   for (State& held : states_) {
-    if (held.readers.empty()) continue;  // not pinned
-    if (std::find(held.readers.begin(), held.readers.end(), stream) == held.readers.end()) {
-      held.readers.push_back(stream);
-    }
+    if (!held.readers.empty()) add_reader(held, stream);  // else not pinned
   }
 }
 
@@ -83,16 +87,18 @@ void DeviceSlots::expect_release(Frame frame) {
   if (slot >= 0) state(slot).released.reserve(state(slot).released.size() + 1);
 }
 
-void DeviceSlots::release(Device& device, Frame frame, const StreamPoint& point) noexcept {
+void DeviceSlots::release(Device& device, Frame frame, const StreamPoint& point,
+                          std::vector<StreamPoint>& others) noexcept {
   const Slot slot = lookup(frame);
   if (slot < 0) return;
   add(state(slot).released, point);
-  if (table_->pins(frame) == 1) mark_readers(device, slot, &point.stream);
+  if (table_->pins(frame) == 1) mark_readers(device, slot, &point.stream, others);
   unpin(frame);
 }
 
-// Where the streams that may read the slot are now; `but` has been marked.
-void DeviceSlots::mark_readers(Device& device, Slot slot, const Stream* but) noexcept {
+// Where the streams that may read the slot are now; `but` has been marked. `points` are those of this call so far.
+void DeviceSlots::mark_readers(Device& device, Slot slot, const Stream* but,
+                               std::vector<StreamPoint>& points) noexcept {
   State& held = state(slot);
   for (const Stream stream : held.readers) {
     if (but != nullptr && stream == *but) continue;
@@ -102,8 +108,10 @@ void DeviceSlots::mark_readers(Device& device, Slot slot, const Stream* but) noe
         unmarked(slot, stream);
         continue;
       }
-      held.released.reserve(held.released.size() + 1);
-      add(held.released, {stream, device.record(stream)});
+      auto known = std::find_if(points.begin(), points.end(),
+                                [&](const StreamPoint& mark) { return mark.stream == stream; });
+      if (known == points.end()) known = points.insert(points.end(), {stream, device.record(stream)});
+      add(held.released, *known);
     } catch (...) {
       unmarked(slot, stream);
     }
@@ -123,7 +131,8 @@ void DeviceSlots::drop(Device& device, Frame frame) noexcept {
   if (table_->pins(frame) > 0) {
     --pinned_;
     while (table_->pins(frame) > 0) table_->unpin(frame);
-    mark_readers(device, slot, nullptr);
+    std::vector<StreamPoint> points;
+    mark_readers(device, slot, nullptr, points);
   }
   held.readers.clear();
   table_->release(frame);

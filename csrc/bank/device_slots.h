@@ -41,9 +41,10 @@ class DeviceSlots {
   // `stream` has waited for copies, so that it may read whatever is pinned.
   void read_by(Stream stream);
   // `point`: where `stream` has read the slot for the last time. Takes back a pin, if there is one; with the last, where
-  // other readers are now becomes a condition of the next use. The two halves: what can fail, and what cannot.
+  // other readers are now becomes a condition of the next use; `others` keeps these points, for further frames. The two
+  // halves: what can fail, and what cannot.
   void expect_release(Frame frame);
-  void release(Device& device, Frame frame, const StreamPoint& point) noexcept;
+  void release(Device& device, Frame frame, const StreamPoint& point, std::vector<StreamPoint>& others) noexcept;
   void unpin(Frame frame) noexcept;
   // The frame loses its slot, pinned or not. Points on the streams that may read it become conditions of the next use.
   void drop(Device& device, Frame frame) noexcept;
@@ -77,7 +78,8 @@ class DeviceSlots {
     std::vector<Stream> marks;          // streams whose work up to now must end first, but could not be marked
     bool fresh = true;
   };
-  void mark_readers(Device& device, Slot slot, const Stream* but) noexcept;
+  static void add_reader(State& held, Stream stream);
+  void mark_readers(Device& device, Slot slot, const Stream* but, std::vector<StreamPoint>& points) noexcept;
   std::size_t index(Slot slot) const { return static_cast<std::size_t>(slot - geometry_.first); }
   State& state(Slot slot) { return states_[index(slot)]; }
 

@@ -164,6 +164,7 @@ class BankRetrieval(BankContents):
     def release(self, frames: Iterable[int]) -> None:
         """The current stream has been given the last read of these frames' slots: takes back one `prefetch` each.
 
+        Before a slot is filled again, streams that waited for it meanwhile are waited for too, and must still be there.
         A frame that was lost, replaced or forgotten meanwhile is passed over.
         """
         numbers = frame_numbers(frames)
