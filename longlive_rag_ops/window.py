@@ -385,8 +385,9 @@ class MemoryWindow(WindowPieces):
                 search itself fail (out of memory, say), calling again goes on from there.
 
         With a mesh, what fails on one rank alone (its bank is full, its disk fails) after ranks have begun to exchange
-        something leaves that rank out of step: it raises the error, and from then on `RankFailure`, as the others do
-        after the time-out. This holds for `retrieve` and the first call of a block as well.
+        something in this call leaves that rank out of step: it raises the error, and from then on `RankFailure`, as the
+        others do after the time-out. What fails before, after `retrieve` say, may be tried again until then. This holds
+        for `retrieve` and the first call of a block as well.
         """
         self._check_ranks()
         block = self._blocks.finishable(start_frame)
@@ -489,7 +490,8 @@ class MemoryWindow(WindowPieces):
 
         ``selected_frames`` counts retrieved frames over blocks and samples, ``repeated_frames`` those among them that
         the window already held, ``placed_pages`` the page copies into window slots of each layer, ``recached_frames``
-        those that `recache` has encoded again.
+        those that `recache` has encoded again, ``arrived_frames`` on a mesh those whose pages other ranks sent; history
+        is this rank's share.
         """
         window = self._history.pages[:, :, :, : self.config.window]
         return {

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..transfer import HostCopy, device_copy
+from .failure import RankFailure
 from .mesh import MemoryMesh
 from .side_stream import SideStream
 
@@ -89,7 +90,10 @@ def tell_error(mesh: MemoryMesh, what: str, own: Exception | None) -> None:
             time-out.
     """
     if len(mesh.ranks) > 1:
-        found = gather_settings(mesh, {} if own is None else {ERROR: f"{type(own).__name__}: {own}"})
+        try:
+            found = gather_settings(mesh, {} if own is None else {ERROR: f"{type(own).__name__}: {own}"})
+        except RankFailure as failure:
+            raise failure from own
         errors = [f"rank {rank}: {one[ERROR]}" for rank, one in zip(mesh.ranks, found, strict=True) if ERROR in one]
         if own is None and errors:
             raise RuntimeError(f"{what} on {'; '.join(errors)}")

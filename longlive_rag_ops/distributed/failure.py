@@ -205,11 +205,11 @@ class Collectives:
         """A call that itself gives up after a time-out; ``ranks`` take part, all of the mesh when not given.
 
         Raises:
-            RankFailure: it has raised a RuntimeError.
+            RankFailure: it has raised a RuntimeError, but for one of memory.
         """
         try:
             return call()
-        except RankFailure:
+        except (RankFailure, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:  # all that torch.distributed raises for ranks that are gone
             raise self._failed(what, error, self._ranks if ranks is None else ranks) from error

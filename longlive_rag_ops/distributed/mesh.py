@@ -17,6 +17,7 @@ from .process_groups import check_group_counts, is_world, make_group
 T = TypeVar("T")
 
 LEAST_TIMEOUT = 0.001  # seconds, what torch.distributed counts in
+MOST_TIMEOUT = 30 * 24 * 3600.0
 BACKSTOP = 2  # time-outs of the mesh until a group on a GPU gives up by itself
 
 
@@ -50,8 +51,8 @@ class MemoryMesh:
 
     Raises:
         TypeError: ``mesh`` is no `DeviceMesh`.
-        ValueError: dimensions or ranks of ``mesh`` are not allowed, or this rank is not in it; or it has some of all
-            ranks, and these have made different numbers of process groups before.
+        ValueError: ``timeout``, dimensions or ranks of ``mesh`` are not allowed, or this rank is not in it; or it has
+            some of all ranks, and these have made different numbers of process groups before.
         RankFailure: a rank did not join within the time-out.
     """
 
@@ -66,8 +67,9 @@ class MemoryMesh:
     ) -> None:
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh must be a torch.distributed DeviceMesh or a MemoryMesh, got {type(mesh).__name__}")
-        if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout >= LEAST_TIMEOUT:
-            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        known = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if not known or not LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT:
+            raise ValueError(f"timeout must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:.0f} seconds, got {timeout!r}")
         self.mesh = mesh
         self._closed = False
         self.timeout = float(timeout)

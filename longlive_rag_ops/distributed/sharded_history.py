@@ -77,11 +77,15 @@ class ShardedHistory(FrameHistory):
             frames_per_commit=config.frames_per_block,
             most_fetched=self.most_fetched,
         )
-        self._check_room(bank)
-        # Without a disk, pages that are held cannot be lost: ranks need not ask each other.
-        self._lost = LostFrames(mesh, self.most_fetched, self._pages.device) if bank.disk_bytes > 0 else None
-        self._side = SideStream(self._pages.device)
-        self._exchange = self._new_exchange()
+        try:
+            self._check_room(bank)
+            # Without a disk, pages that are held cannot be lost: ranks need not ask each other.
+            self._lost = LostFrames(mesh, self.most_fetched, self._pages.device) if bank.disk_bytes > 0 else None
+            self._side = SideStream(self._pages.device)
+            self._exchange = self._new_exchange()
+        except BaseException:
+            self.bank.close()
+            raise
         self._search: ShardSearch | None = None
         self._embedding: tuple[int, torch.dtype] | None = None
         self.clear()
@@ -215,33 +219,42 @@ class ShardedHistory(FrameHistory):
         needed = memory_arrivals(state, self.chosen)
         if (start, needed) != (self._next, self._asked):  # else `prepare` has asked
             self._ask(start, needed, after_caller=False)
+        if not self._sent and not self._side.on_host:
+            # The host is ahead of the forward that is under way: it may as well wait for reads from disk here, so that
+            # pages travel beside it.
+            self._agree(state, after_caller=False)
         self._search = None  # last: until then the call may be repeated
 
     @normal_tensors
     def settle(self, state: torch.Tensor) -> None:
         if self._settled:  # a call that was rejected is made again, on one rank perhaps
             return
+        self._agree(state)
+        if self._exchange is not None:
+            self._exchange.open()
+        self._settled = True
+
+    def _agree(self, state: torch.Tensor, after_caller: bool = True) -> None:
+        """Until all pages that the next block needs are on their way; what a rank has lost is given up by all."""
         while True:
             needed = memory_arrivals(state, self.chosen)
             if not needed <= self._asked:
-                self._ask(self._next, needed)
-            if self._lost is None:
+                self._ask(self._next, needed, after_caller)
+            if self._lost is None or self._sent:
                 break
             # A page that was committed anew meanwhile is there, the one that was fetched is not. A search that was made
             # again may have left some behind.
             named = [lost for lost in self.bank.settle() if lost.reason != "replaced" or lost.frame in self._asked]
-            gone, again = self._lost.agree(self._next, named)
+            with self._side.entered(after_caller):
+                gone, again = self._lost.agree(self._next, named)
             if not gone and not again:
                 break
             self._leave_out(gone)
             self._drop(gone)
             self._asked -= gone | again
         if not self._sent:
-            with self._side.entered():
+            with self._side.entered(after_caller):
                 self._send()
-        if self._exchange is not None:
-            self._exchange.open()
-        self._settled = True
 
     @normal_tensors
     def replace(self, layer: int, frames: range, keys: torch.Tensor, values: torch.Tensor) -> None:

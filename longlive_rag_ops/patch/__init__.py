@@ -91,7 +91,8 @@ def patch(
     Raises:
         UnknownBackbone: (a TypeError) no family fits; the message lists them and what was missing.
         TypeError, ValueError: an argument is not allowed.
-        RuntimeError: the model is patched already. The model is as it was in all of these cases.
+        RuntimeError: the model is patched already; `RankFailure` with a mesh. The model is as it was in all of these
+            cases. With a mesh, an error of one rank's arguments is that rank's alone; the others wait for it in vain.
     """
     ranks: MemoryMesh | None = None
     if mesh is not None:

@@ -32,6 +32,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from longlive_rag_ops import BankConfig, MemoryWindow
 from longlive_rag_ops.bank.contents import Lost
 from longlive_rag_ops.distributed import MemoryMesh
+from longlive_rag_ops.distributed.lost_frames import LostFrames
+from longlive_rag_ops.distributed.side_stream import SideStream
 from longlive_rag_ops.distributed.traffic import memory_held
 
 KINDS: list[dict[str, Any]] = [
@@ -70,6 +72,40 @@ def held(rank: int) -> None:
 
 def test_what_a_rank_holds(device: str) -> None:
     run_ranks(2, held, device=device)
+
+
+def ahead_of_the_device(rank: int, folder: Path) -> None:
+    """The order of calls on a GPU, whose host is ahead of it: pages are on their way when ``finish`` returns, also with
+    a disk, and no rank's loss is asked about twice."""
+    SideStream.on_host = property(lambda stream: False)  # type: ignore[assignment]
+    asked: list[int] = []
+    agree = LostFrames.agree
+
+    def noted(lost: LostFrames, start: int, named: Any) -> Any:
+        asked.append(start)
+        return agree(lost, start, named)
+
+    LostFrames.agree = noted  # type: ignore[method-assign]
+    record = 2 * LAYERS * TOKENS * HEADS * HEAD_DIM * 4
+    spill = folder / str(rank)
+    spill.mkdir()
+    disk = {"host_bytes": 16 * 4096 + record, "disk_bytes": 2**20, "shard_bytes": 2**16, "spill": spill}
+    for names in (["frames"], ["heads"]):
+        mesh = make_mesh([2], names)
+        for transfer in ("pages", "merge") if names == ["frames"] else ("auto",):
+            exact = transfer == "pages"
+            for early in (False, True):
+                asked.clear()
+                window = compare(mesh, transfer=transfer, early=early, bank_options=disk, exact=exact)
+                assert window._history._sent and len(asked) == len(set(asked)) == 12
+                window.bank.close()
+                window = compare(mesh, transfer=transfer, early=early, exact=exact)
+                assert names == ["heads"] or window._history._sent
+                window.bank.close()
+
+
+def test_the_order_of_calls_ahead_of_a_device(tmp_path: Path) -> None:
+    run_ranks(2, ahead_of_the_device, tmp_path)
 
 
 def other_ways(rank: int) -> None:
