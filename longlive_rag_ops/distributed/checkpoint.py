@@ -74,8 +74,8 @@ def save(
         ranks, whose banks have given them up.
 
     Raises:
-        ValueError: the window has no bank, or a mesh was given beside one; the banks do not fit together, and the message
-            says which rank's differ in what.
+        ValueError: the window has no bank, or a mesh was given beside one; the banks do not fit together, and the
+            message says which rank's differ in what.
         OSError: it could not be written. BlockingIOError: another save into the folder is under way. FileExistsError:
             there is something else in the folder.
         RankFailure: a rank has died or has not answered.
