@@ -10,14 +10,13 @@ from .assignment import memory_arrivals
 from .bank import BankConfig, MemoryBank
 from .bank.limits import fetch_slots
 from .bank.page_format import PageFormat
+from .bank_history import BankHistory
 from .config import WindowConfig, candidate_end
 from .history import (
-    FrameHistory,
     block_pages,
     chosen_frames,
     least_history,
     recent_frames,
-    replace_pins,
     search_options,
 )
 from .index import unit_query
@@ -27,7 +26,7 @@ from .renewed_pages import RenewedPages
 from .transfer import HostCopy
 
 
-class TieredHistory(FrameHistory):
+class TieredHistory(BankHistory):
     """Pages in a `MemoryBank`. Only newcomers to the window are fetched; what a choice keeps stays where it is.
 
     Args:
@@ -89,21 +88,13 @@ class TieredHistory(FrameHistory):
         self.clear()
 
     @property
-    def pages(self) -> torch.Tensor:
-        return self._pages
-
-    @property
     def in_pool(self) -> bool:
         return self.bank.format.storage == "plain"
 
     def clear(self) -> None:
         super().clear()
-        self.bank.clear()
-        counted = self.bank.stats()
-        self._before = {name: counted[name] for name in ("forgotten_frames", "non_finite_embeddings")}
         self._search: tuple[int, HostCopy, HostCopy] | None = None
         self._fetched: set[int] = set()
-        self._pinned: set[int] = set()
         self._renewed = RenewedPages(self._pages.shape[0])
 
     @property
@@ -192,29 +183,8 @@ class TieredHistory(FrameHistory):
     def slot(self, frame: int) -> int:
         return self.bank.slot(frame)
 
-    def page(self, frame: int) -> torch.Tensor:
-        return torch.stack(self.bank.read(frame), 1).to(self._pages.device)
-
     def stored_pages(self, layer: int) -> dict[str, torch.Tensor]:
         return {} if self.in_pool else self.bank.format.views(self.bank.slots[layer])
-
-    def counts(self) -> dict[str, int]:
-        counted = self.bank.stats()
-        return {name: counted[name] - before for name, before in self._before.items()}
-
-    def __len__(self) -> int:
-        return len(self.bank) - sum(frame in self.bank for frame in range(self.config.sink))
-
-    def held(self) -> dict[str, int]:
-        stats = self.bank.stats()
-        return {
-            "history": stats["device"]["bytes"],
-            "history_reserved": stats["device"]["reserved_bytes"],
-            "index": stats["index_bytes"],
-            "quantising": stats["staging_bytes"],
-            "host": stats["host"]["reserved_bytes"],
-            "disk": stats["disk"]["reserved_bytes"],
-        }
 
     def _result(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._search is not None
@@ -223,6 +193,3 @@ class TieredHistory(FrameHistory):
     def _fetch(self, frames: set[int]) -> None:
         self.bank.prefetch(sorted(frames))
         self._fetched |= frames
-
-    def _pin(self, frames: set[int]) -> None:
-        self._pinned = replace_pins(self._pinned, frames, self.bank.pin, self.bank.unpin)

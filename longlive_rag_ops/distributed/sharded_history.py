@@ -10,14 +10,12 @@ from ..assignment import memory_arrivals
 from ..bank import BankConfig, MemoryBank
 from ..bank.limits import fetch_slots
 from ..bank.page_format import PageFormat
+from ..bank_history import BankHistory
 from ..config import WindowConfig, candidate_end
 from ..history import (
-    FrameHistory,
     block_pages,
     chosen_frames,
-    least_history,
     recent_frames,
-    replace_pins,
     search_options,
 )
 from ..index import unit_query
@@ -27,11 +25,12 @@ from ..renewed_pages import RenewedPages
 from .lost_frames import LostFrames
 from .mesh import MemoryMesh
 from .page_exchange import PageExchange
+from .rank_room import check_room
 from .shard_search import ShardSearch
 from .side_stream import SideStream
 
 
-class ShardedHistory(FrameHistory):
+class ShardedHistory(BankHistory):
     """Pages and embeddings in a `MemoryBank` a rank, of the frames that the mesh deals to it; chosen pages travel.
 
     All ranks that share frames are given the same blocks, and hold the same window. Of the choice, only newcomers to
@@ -78,7 +77,7 @@ class ShardedHistory(FrameHistory):
             most_fetched=self.most_fetched,
         )
         try:
-            self._check_room(bank)
+            check_room(self.bank, self.most_fetched, config, mesh, at_once=self._releases_at_once(bank))
             # Without a disk, pages that are held cannot be lost: ranks need not ask each other.
             self._lost = LostFrames(mesh, self.most_fetched, self._pages.device) if bank.disk_bytes > 0 else None
             self._side = SideStream(self._pages.device)
@@ -92,35 +91,6 @@ class ShardedHistory(FrameHistory):
 
     sets_of_slots = 1  # what was fetched is released as soon as it is packed
 
-    def _check_room(self, bank: BankConfig) -> None:
-        """ValueError when the ranks together, or this one at the worst, could not hold what one block needs at once."""
-        config, mesh, room = self.config, self.mesh, self.bank.room()
-        least = config.sink + least_history(config, self.samples)
-        if room * mesh.frame_ranks < least:
-            raise ValueError(
-                f"host_bytes and disk_bytes of {mesh.frame_ranks} ranks must hold at least {least} frames (window + "
-                f"recent_exclude + frames_per_block + batch * top_k) of {self.format.record_bytes} bytes each, got "
-                f"room for {room * mesh.frame_ranks}"
-            )
-        if bank.policy == "error":  # full is full, whoever holds what
-            return
-        # Of every rank: frames that its policy may not give up, should it keep all that is chosen.
-        sinks = sum(self.keeps(frame) for frame in range(config.sink))
-        recent = config.local + config.top_k + config.recent_exclude
-        block = config.frames_per_block
-        if mesh.deals_in_turn:
-            recent, block = -(-recent // mesh.frame_ranks), -(-block // mesh.frame_ranks)
-        # Slots are still held when the next choice is pinned, where pages are placed from them or may be lost.
-        held = 0 if self._releases_at_once(bank) else self.most_fetched
-        least = sinks + recent + self.most_fetched + max(block, held)
-        if room < least:
-            raise ValueError(
-                f"host_bytes and disk_bytes of every rank must hold at least {least} frames with policy {bank.policy} "
-                f"(its part of sink, window and recent_exclude, batch * top_k frames that are chosen, which may all be "
-                f"its own, and {'as many' if held >= block else block} beside) of {self.format.record_bytes} bytes "
-                f"each, got room for {room}"
-            )
-
     def _releases_at_once(self, bank: BankConfig) -> bool:
         return bank.disk_bytes == 0
 
@@ -128,22 +98,15 @@ class ShardedHistory(FrameHistory):
         return PageExchange(self.format, self.most_fetched, self.mesh, self._pages.device)
 
     @property
-    def pages(self) -> torch.Tensor:
-        return self._pages
-
-    @property
     def in_pool(self) -> bool:
         return False
 
     def clear(self) -> None:
-        super().clear()
         self._abandon_search()
         if self._exchange is not None:
             self._exchange.drain()
             self._exchange.slots = {}
-        self.bank.clear()
-        counted = self.bank.stats()
-        self._before = {name: counted[name] for name in ("forgotten_frames", "non_finite_embeddings")}
+        super().clear()
         if self._lost is not None:
             self._lost.clear()
         self._embedding = None
@@ -152,7 +115,6 @@ class ShardedHistory(FrameHistory):
         self._fetched: list[int] = []  # those among them that this rank's bank holds in slots
         self._sent = self._settled = True
         self._arrived = 0  # frames of other ranks
-        self._pinned: set[int] = set()
         self._renewed = RenewedPages(self._pages.shape[0])
 
     @property
@@ -298,30 +260,16 @@ class ShardedHistory(FrameHistory):
         if not self.keeps(frame):
             owner = self.mesh.owner(frame, self.config.sink)
             raise KeyError(f"frame {frame} is kept by frame rank {owner}, this one is {self.mesh.frame_rank}")
-        return torch.stack(self.bank.read(frame), 1).to(self._pages.device)
+        return super().page(frame)
 
     def stored_pages(self, layer: int) -> dict[str, torch.Tensor]:
         return {} if self._exchange is None else self._exchange.views(layer)
 
     def counts(self) -> dict[str, int]:
-        counted = self.bank.stats()
-        counts = {name: counted[name] - before for name, before in self._before.items()}
-        return counts | {"arrived_frames": self._arrived}
-
-    def __len__(self) -> int:
-        return len(self.bank) - sum(frame in self.bank for frame in range(self.config.sink))
+        return super().counts() | {"arrived_frames": self._arrived}
 
     def held(self) -> dict[str, int]:
-        stats = self.bank.stats()
-        return {
-            "history": stats["device"]["bytes"],
-            "history_reserved": stats["device"]["reserved_bytes"],
-            "arrivals": 0 if self._exchange is None else self._exchange.nbytes,
-            "index": stats["index_bytes"],
-            "quantising": stats["staging_bytes"],
-            "host": stats["host"]["reserved_bytes"],
-            "disk": stats["disk"]["reserved_bytes"],
-        }
+        return super().held() | {"arrivals": 0 if self._exchange is None else self._exchange.nbytes}
 
     # Private
 
@@ -385,6 +333,3 @@ class ShardedHistory(FrameHistory):
     def _release(self) -> None:
         self.bank.release(self._fetched)
         self._fetched = []
-
-    def _pin(self, frames: set[int]) -> None:
-        self._pinned = replace_pins(self._pinned, frames, self.bank.pin, self.bank.unpin)
