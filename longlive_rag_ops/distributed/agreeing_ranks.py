@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 from .failure import RankFailure
 from .mesh import MemoryMesh
 from .process_groups import check_group_counts, is_world, make_group
+from .sent_error import sent_error
 
 T = TypeVar("T")
 
@@ -122,8 +122,4 @@ def _outcome(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     try:
         return call(), None
     except BaseException as error:  # an interrupt too: the others must not wait for this rank
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            return None, RuntimeError(f"{type(error).__name__}: {error}")
-        return None, error
+        return None, sent_error(error)

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from .failure import RankFailure
+from .sent_error import sent_error
 
 
 def run_on_local_ranks(
@@ -84,15 +85,7 @@ def _rank_main(
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
         outcome = True, function(*args)
     except BaseException as error:
-        outcome = False, _sendable(error)
+        outcome = False, sent_error(error)
     result.send_bytes(pickle.dumps(outcome))
     result.close()
     os._exit(0)  # what is under way to ranks that are gone must not keep the process
-
-
-def _sendable(error: BaseException) -> BaseException:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

@@ -15,6 +15,7 @@ from ..blocks import Block
 from ..config import WindowConfig
 from ..engines import engine_name
 from ..history import FrameHistory
+from ..mesh_options import TRANSFERS, missing_bank
 from ..modes import normal_tensors
 from ..version import __version__
 from .agreement import BlockAgreement, RanksDisagree, check_settings, tell_error
@@ -24,7 +25,7 @@ from .merged_attention import attend_merged, frames_of_others
 from .mesh import MemoryMesh, memory_mesh
 from .own_part_history import OwnPartHistory
 from .sharded_history import ShardedHistory
-from .traffic import TRANSFERS, window_transfer
+from .traffic import window_transfer
 
 if TYPE_CHECKING:
     from ..window import MemoryWindow
@@ -95,10 +96,7 @@ class RankShare:
         if mesh.frame_ranks > 1 and config.top_k > 0 and not isinstance(bank, BankConfig):
             if bank is not None:
                 raise TypeError(f"bank must be a BankConfig or None, got {type(bank).__name__}")
-            raise ValueError(
-                f"bank must be given where {mesh.frame_ranks} ranks share the frames of the history: "
-                "BankConfig(host_bytes=...) says how much of its memory each rank keeps its share in"
-            )
+            raise missing_bank(mesh.frame_ranks)
         self._agreement = BlockAgreement(mesh) if agreement and len(mesh.ranks) > 1 else None
         self._given = EmbeddingDigest()
         self._others: tuple[tuple[int, int, list[list[int]]], list[int]] | None = None

@@ -19,7 +19,6 @@ from ..config import WindowConfig, check_int
 from ..reference import lse_dtype
 
 Transfer = Literal["pages", "merge"]
-TRANSFERS = ("auto", "pages", "merge")
 
 FORWARDS = 5
 """Forwards of a block where nobody says how many: LongLive's four denoising steps and the clean one."""

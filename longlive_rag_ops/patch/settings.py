@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from ..config import WindowConfig, check_choice, check_int, check_position_rule
 from ..embedder import Embedder
 from ..engines import check_engine
+from ..mesh_options import TRANSFERS, missing_bank
 
 if TYPE_CHECKING:
     from ..bank import BankConfig
     from ..distributed import MemoryMesh
 
-TRANSFERS = ("auto", "pages", "merge")
 SWITCHES = ("keep", "drop", "recache")
 
 
@@ -61,10 +61,7 @@ class Settings:
         if self.transfer not in TRANSFERS:
             raise ValueError(f"transfer must be one of {', '.join(TRANSFERS)}; got {self.transfer!r}")
         if self.mesh is not None and self.mesh.frame_ranks > 1 and self.top_k > 0 and self.bank is None:
-            raise ValueError(
-                f"bank must be given where {self.mesh.frame_ranks} ranks share the frames of the history: "
-                "BankConfig(host_bytes=...) says how much of its memory each rank keeps its share in"
-            )
+            raise missing_bank(self.mesh.frame_ranks)
 
     def _check_bank(self, bank: Any) -> None:
         from ..bank import BankConfig, MemoryBank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 from longlive_rag_ops.bank import BankConfig, MemoryBank, PageFormat
 from longlive_rag_ops.distributed.mesh import MemoryMesh
 
-SINK, FRAMES, EMBEDDING = 2, 11, 6
+sys.path.append(str(Path(__file__).parents[1] / "bank"))
+
+from saved_cases import SINK, fill
+
+FRAMES = 11
 
 
 def page_format(storage: str = "plain", heads: int = 4) -> PageFormat:
@@ -26,26 +31,8 @@ def limits(form: PageFormat, frames: int | None = None, **more: Any) -> BankConf
 
 def one_bank(storage: str = "plain", seed: int = 0, frames: int = FRAMES) -> MemoryBank:
     """What one process has: sinks without embeddings, one NaN embedding, one zero, frames replaced, found."""
-    random = torch.Generator().manual_seed(seed)
     form = page_format(storage)
-    bank = MemoryBank(form, limits(form), sink=SINK, frames_per_commit=1)
-    shape = form.layers, form.samples, 1, *form.page_shape
-
-    def pages() -> torch.Tensor:
-        return torch.randn(shape, generator=random).to(form.dtype)
-
-    for frame in range(frames):
-        embedding = torch.randn(form.samples, 1, EMBEDDING, generator=random)
-        if frame == 4:
-            embedding[1] = torch.nan
-        if frame == 5:
-            embedding[0] = 0.0
-        bank.commit([frame], pages(), pages(), None if frame < SINK else embedding)
-    for frame in (1, 3, 3):
-        bank.commit([frame], pages(), pages(), replace=True)
-    for _ in range(3):
-        bank.search(torch.randn(form.samples, EMBEDDING, generator=random), 3, end_frame=frames)
-    return bank
+    return fill(MemoryBank(form, limits(form), sink=SINK, frames_per_commit=1), frames, seed)
 
 
 def head_record(form: PageFormat, record: torch.Tensor, heads: slice) -> tuple[PageFormat, torch.Tensor]:

@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longlive_rag_ops.distributed.sent_error import sent_error
+
 LIMIT = 180.0  # seconds for all ranks together; a busy machine takes twenty to import torch
-# No device is bound to the groups (``device_id``): torch would split new communicators off the world's, which waits for
-# all ranks, and so for ever where a mesh of some of them is made.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
@@ -42,10 +42,7 @@ def _rank_main(
         dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
         outcome = True, function(rank, *args)
     except BaseException as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            error = RuntimeError(f"{type(error).__name__}: {error}")
+        error = sent_error(error)
         error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
         outcome = False, error
     result.send_bytes(pickle.dumps(outcome))

@@ -12,6 +12,7 @@ from rank_processes import device_type, run_ranks
 from shard_cases import GRID, HEADS, LAYERS, Blocks, make_mesh, make_window
 
 from longlive_rag_ops import MemoryWindow
+from longlive_rag_ops.bank import MemoryBank
 from longlive_rag_ops.distributed import MemoryMesh
 
 RECORD = LAYERS * 4096
@@ -56,6 +57,26 @@ def least_limits(rank: int, transfer: str) -> None:
 @pytest.mark.parametrize("transfer", ["pages", "merge"])
 def test_all_that_is_chosen_is_one_ranks(device: str, transfer: str) -> None:
     run_ranks(2, least_limits, transfer, device=device)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_window_that_is_refused_leaves_no_bank_open(ranks: int) -> None:
+    run_ranks(ranks, refused, ranks)
+
+
+def refused(rank: int, ranks: int) -> None:
+    banks: list[MemoryBank] = []
+    original = MemoryBank.__init__
+
+    def noted(bank: MemoryBank, *args: Any, **options: Any) -> None:
+        original(bank, *args, **options)
+        banks.append(bank)
+
+    MemoryBank.__init__ = noted  # type: ignore[method-assign]
+    options = {"host_bytes": 11 * RECORD, "slab_bytes": RECORD, "policy": "oldest"}
+    with pytest.raises((RuntimeError, ValueError), match="must hold at least"):
+        make_window(make_mesh([ranks], ["frames"]) if ranks > 1 else None, bank_options=options, recent_exclude=RECENT)
+    assert [bank.closed for bank in banks] == [True]
 
 
 def one_rank_fails(rank: int, folder: Path) -> None:
