@@ -38,7 +38,8 @@ class ShardSearch:
     """A search that has begun, for one block. All ranks that share frames begin it with the same query.
 
     What it finds is what ``topk_retrieve`` finds with all embeddings in one index, to the last bit: a row's score does
-    not depend on where it is stored, ties go to the older frame. Without diversity each rank offers its ``k`` best in
+    not depend on where it is stored, ties go to the older frame. (On a GPU with diversity up to the order in which one
+    window's kernel sums.) Without diversity each rank offers its ``k`` best in
     one collective. With diversity there are ``k`` rounds, begun when the result is asked for: in each every rank offers
     its best candidate with its embedding, and all take the same one.
 
